@@ -1,0 +1,1 @@
+"""k-bit inference for language models."""

@@ -1,0 +1,1 @@
+//! Instruction sets behind one vector trait, chosen at run time.

@@ -1,0 +1,78 @@
+//! Shared memory on a 64-byte boundary: what tensors are made of and what kernels read.
+
+use std::alloc::Layout;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+use crate::{Error, Result};
+
+/// Owned bytes, 64-byte aligned, in huge pages where large enough and granted. `Arc<Bytes>` is what tensors share.
+pub struct Bytes {
+    at: NonNull<u8>,
+    len: usize,
+    layout: Layout,
+}
+
+#[allow(unsafe_code, reason = "the one allocation of the crate: aligned and fallible")]
+impl Bytes {
+    /// Zeroed bytes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with the size asked for; never aborts the process.
+    pub fn zeroed(len: usize) -> Result<Self> {
+        let align = if len >= 4 << 20 { 2 << 20 } else { 64 };
+        let refuse = || Error::Memory(format!("cannot allocate {len} bytes"));
+        let layout = Layout::from_size_align(len.max(1), align).map_err(|_| refuse())?;
+        // SAFETY: the layout has a size of at least 1.
+        let at = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(refuse)?;
+        Ok(Self { at, len, layout })
+    }
+
+    /// A copy of `data`.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when there is no room.
+    pub fn copy_of(data: &[u8]) -> Result<Self> {
+        let mut bytes = Self::zeroed(data.len())?;
+        bytes.copy_from_slice(data);
+        Ok(bytes)
+    }
+}
+
+#[allow(unsafe_code, reason = "see Bytes::zeroed")]
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        // SAFETY: `at` was allocated with exactly this layout and is freed once.
+        unsafe { std::alloc::dealloc(self.at.as_ptr(), self.layout) }
+    }
+}
+
+// SAFETY: Bytes owns its memory alone, like Box<[u8]>.
+#[allow(unsafe_code, reason = "owned memory")]
+unsafe impl Send for Bytes {}
+// SAFETY: shared access is read-only, like Box<[u8]>.
+#[allow(unsafe_code, reason = "owned memory")]
+unsafe impl Sync for Bytes {}
+
+#[allow(unsafe_code, reason = "see Bytes::zeroed")]
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` initialised bytes belong to self.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
+    }
+}
+
+#[allow(unsafe_code, reason = "see Bytes::zeroed")]
+impl DerefMut for Bytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in deref, and `&mut self` makes it the only access.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({})", self.len)
+    }
+}

@@ -1,0 +1,17 @@
+//! What a number array is, how k bits store it, how files hold it, and what a device must be able to do.
+//!
+//! The crate depends on no device and no Python. Start with [`Tensor`] (plain arrays), [`KTensor`] (k-bit arrays in
+//! kernel order, drawn in `docs/formats.md`) and [`program`] (the contract between a model and a device).
+
+mod bytes;
+mod dtype;
+mod error;
+mod ktensor;
+pub mod program;
+mod tensor;
+
+pub use bytes::Bytes;
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use ktensor::{CHUNK, Codebook, KLayout, KTensor, Offset, ROWS, SUPER, ScaleType, Scales, SubScale};
+pub use tensor::{Tensor, Weight};

@@ -1,1 +1,13 @@
-//! See the crate description.
+//! What a transformer is: its spec, the program compiled from it, sampling, and the engine's step loop.
+//!
+//! The crate knows no device, no Python and no model's name. [`compile`] turns a [`spec::ModelSpec`] and the names of the
+//! tensors that exist into a program; a device prepares it into a runner; [`Engine`] drives the runner.
+
+mod compile;
+mod interpret;
+mod rope;
+pub mod spec;
+
+pub use interpret::Reference;
+pub use compile::{alibi_slopes, compile};
+pub use rope::rope;

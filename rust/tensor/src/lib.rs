@@ -4,6 +4,7 @@
 //! kernel order, drawn in `docs/formats.md`) and [`program`] (the contract between a model and a device).
 
 mod bytes;
+mod check;
 mod dtype;
 mod error;
 mod ktensor;

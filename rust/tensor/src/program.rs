@@ -374,7 +374,7 @@ pub struct Want {
 pub struct Output {
     /// (rows, vocab) f32; empty unless asked for.
     pub logits: Vec<f32>,
-    /// Lowest id among the largest logits of each row.
+    /// Lowest id among the largest logits of each row; `u32::MAX` when a logit of the row is not a number.
     pub argmax: Vec<u32>,
     /// Per [`Op::Hidden`]: (tokens, hidden) f32.
     pub hidden: Vec<Vec<f32>>,

@@ -1,0 +1,6 @@
+"""Text: tokenizers from every file that carries one, streaming decoding, chat templates."""
+
+from kbit.text.stream import StreamDecoder
+from kbit.text.tokenizer import Tokenizer
+
+__all__ = ["StreamDecoder", "Tokenizer"]

@@ -202,11 +202,11 @@ def resolve(
     sources: dict[str, Source] = {}
     left_over: list[str] = []
     for tensor in tensors:
-        targets = table.find(tensor)
-        if targets is None:
+        matches = table.find(tensor)
+        if matches is None:
             continue
         found = False
-        for target, values in targets:
+        for target, values in matches:
             for name, expert in _expand(target.name, values, spec):
                 found = True
                 if tied and name.startswith("head."):
@@ -244,7 +244,7 @@ def _missing(
     """Canonical tensors without a source, and how the checkpoint would have named them."""
     seen: set[str] = set()
     for pattern, value in names.names.items():
-        for target in _targets(value):
+        for target in targets(value):
             if target.name in seen:
                 continue
             seen.add(target.name)
@@ -268,7 +268,8 @@ def _is_optional(name: str, names: NameMap, tied: bool | None) -> bool:
     return name in names.optional or (name.startswith("head") and tied is not False)
 
 
-def _targets(value: Target) -> tuple[To, ...]:
+def targets(value: Target) -> tuple[To, ...]:
+    """A map's value as what it stands for."""
     if isinstance(value, str):
         return (To(value),)
     return (value,) if isinstance(value, To) else value
@@ -320,12 +321,12 @@ class _Table:
                 keys.append((stem, f".{suffix}", True))
             for key, ending, is_module in keys:
                 pattern, value = self._names.get(key, ("", ""))
-                targets = [target for target in _targets(value) if target.is_module is is_module]
-                if pattern and targets:
+                found = [target for target in targets(value) if target.is_module is is_module]
+                if pattern and found:
                     holes = [hole[1] for hole in self._HOLE.findall(pattern)]
                     numbers = [int(number) for number in self._NUMBER.findall(name)]
                     values = dict(zip(holes, numbers, strict=True))
-                    return [(To(target.name + ending, target.steps), values) for target in targets]
+                    return [(To(target.name + ending, target.steps), values) for target in found]
         return []
 
     def _shape(self, pattern: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
-from kbit._core import ModelFormatError, UnsupportedModelError
+from kbit._core import ModelFormatError, TensorFile, UnsupportedModelError
+from kbit.archs._gguf import Gguf, gguf_config, gguf_names
 from kbit.config import Config, Unread
 from kbit.names import NameMap, Source, resolve
 from kbit.spec import ModelSpec
@@ -30,6 +31,8 @@ class Architecture:
     """From hyper-parameters to the model."""
     names: NameMap
     """From Hugging Face tensor names to canonical ones."""
+    gguf: Gguf | None
+    """How llama.cpp's files say it; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def registry() -> dict[str, Architecture]:
             classes=module.ARCHITECTURES,
             spec=module.spec,
             names=module.NAMES,
+            gguf=getattr(module, "GGUF", None),
         )
     return dict(sorted(found.items()))
 
@@ -119,3 +123,27 @@ def describe(config: Mapping[str, Any], *, strict: bool = False) -> Description:
             f"config: tie_word_embeddings must be true or false, is {tied!r:.80}"
         )
     return Description(architecture, spec, architecture.names, tied, unread)
+
+
+def describe_gguf(files: Sequence[TensorFile]) -> Description:
+    """What the metadata of a GGUF file say, or of the first of a split one.
+
+    Raises:
+        ModelFormatError: A value is missing or out of range.
+        UnsupportedModelError: No such architecture.
+    """
+    metadata = files[0].metadata
+    name = metadata.get("general.architecture")
+    experts = bool(metadata.get(f"{name}.expert_count"))
+    known = [a for a in registry().values() if a.gguf]
+    same = [a for a in known if a.gguf and a.gguf.name == name]
+    chosen = [a for a in same if a.gguf and a.gguf.experts == experts] or same
+    if not chosen:
+        names = sorted({a.gguf.name for a in known if a.gguf})
+        raise UnsupportedModelError(f"GGUF: kbit has no {name!r:.80}; it has {', '.join(names)}")
+    architecture = chosen[0]
+    gguf = cast("Gguf", architecture.gguf)
+    view = Config(gguf_config(gguf, files))
+    spec = architecture.spec(view)
+    names = gguf_names(gguf, architecture.names)
+    return Description(architecture, spec, names, None, view.unread())

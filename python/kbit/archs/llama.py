@@ -1,5 +1,6 @@
 """Llama: RMS norm, rotary positions, grouped queries and a gated MLP; what most others vary."""
 
+from kbit.archs._gguf import Gguf
 from kbit.config import Config, decoder
 from kbit.names import NameMap
 from kbit.spec import ModelSpec
@@ -15,6 +16,7 @@ NORMS = {
 ENDS = {"embed_tokens": "embed", "norm": "final_norm", "lm_head": "head"}
 IGNORED = ("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
 
+GGUF = Gguf("llama", interleaved=True)
 NAMES = NameMap(ENDS | NORMS | ATTENTION | MLP, prefixes=("model.",), ignored=IGNORED)
 
 

@@ -133,7 +133,9 @@ impl Scales {
     /// Inputs under one sub-scale (256 for [`Scales::Row`]).
     pub fn block(&self) -> usize {
         match *self {
-            Self::Ladder { block, .. } | Self::Block { block, .. } | Self::Super { block, .. } => block,
+            Self::Ladder { block, .. } | Self::Block { block, .. } | Self::Super { block, .. } => {
+                block
+            }
             Self::Row => SUPER,
         }
     }
@@ -141,7 +143,10 @@ impl Scales {
 
 /// Where everything lies. Derived from the header alone; all products are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "one line each in the layout drawing of docs/formats.md")]
+#[allow(
+    missing_docs,
+    reason = "one line each in the layout drawing of docs/formats.md"
+)]
 pub struct KLayout {
     pub bits: usize,
     pub rows: usize,
@@ -168,7 +173,11 @@ impl KLayout {
     /// # Errors
     /// [`Error::Format`] for widths outside 2..=8, empty matrices, unknown blocks, or sizes past 2^63.
     pub fn new(bits: usize, rows: usize, inputs: usize, scales: &Scales) -> Result<Self> {
-        let wrong = |what: String| Error::Format(format!("k-bit matrix of {rows} x {inputs} at {bits} bits: {what}"));
+        let wrong = |what: String| {
+            Error::Format(format!(
+                "k-bit matrix of {rows} x {inputs} at {bits} bits: {what}"
+            ))
+        };
         if !(2..=8).contains(&bits) {
             return Err(wrong("bits must be 2..=8".into()));
         }
@@ -184,7 +193,11 @@ impl KLayout {
         if !known.contains(&block) {
             return Err(wrong(format!("block must be one of {known:?}, is {block}")));
         }
-        let (panels, chunks, supers) = (rows.div_ceil(ROWS), inputs.div_ceil(CHUNK), inputs.div_ceil(SUPER));
+        let (panels, chunks, supers) = (
+            rows.div_ceil(ROWS),
+            inputs.div_ceil(CHUNK),
+            inputs.div_ceil(SUPER),
+        );
         let blocks = (chunks * CHUNK).div_ceil(block);
         let (wide_bytes, fine, offset) = match *scales {
             Scales::Ladder { block: 16, .. } => (32, chunks * 32, 0),
@@ -203,17 +216,37 @@ impl KLayout {
             Scales::Super { sub, min, .. } => (
                 if min { 64 } else { 32 },
                 blocks * ROWS,
-                if min && sub != SubScale::U4 { blocks * ROWS } else { 0 },
+                if min && sub != SubScale::U4 {
+                    blocks * ROWS
+                } else {
+                    0
+                },
             ),
         };
         let fine_at = (supers * wide_bytes).next_multiple_of(64);
         let offset_at = fine_at + fine.next_multiple_of(64);
         let codes_at = offset_at + offset.next_multiple_of(64);
         let panel_bytes = codes_at + chunks * bits * 128;
-        if panels.checked_mul(panel_bytes).is_none_or(|n| n > usize::MAX / 2) {
+        if panels
+            .checked_mul(panel_bytes)
+            .is_none_or(|n| n > usize::MAX / 2)
+        {
             return Err(wrong("too large".into()));
         }
-        Ok(Self { bits, rows, inputs, panels, chunks, supers, blocks, wide_bytes, fine_at, offset_at, codes_at, panel_bytes })
+        Ok(Self {
+            bits,
+            rows,
+            inputs,
+            panels,
+            chunks,
+            supers,
+            blocks,
+            wide_bytes,
+            fine_at,
+            offset_at,
+            codes_at,
+            panel_bytes,
+        })
     }
 
     /// Bytes of the whole matrix.
@@ -263,6 +296,38 @@ impl KLayout {
         }
     }
 
+    /// Packs the codes of a chunk, 16 code vectors of 64 bytes one after the other, into its `bits * 128` bytes.
+    pub fn pack_chunk(&self, codes: &[u8], out: &mut [u8]) {
+        for &(width, plane, shift) in Self::planes(self.bits) {
+            let (per, mask) = (8 / width, ((1u16 << width) - 1) as u8);
+            let vectors = codes.chunks_exact(64 * per);
+            for (packed, group) in out[plane..].chunks_exact_mut(64).zip(vectors) {
+                packed.fill(0);
+                for (place, vector) in group.chunks_exact(64).enumerate() {
+                    for (p, &code) in packed.iter_mut().zip(vector) {
+                        *p |= (code >> shift & mask) << (width * place);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The inverse of [`Self::pack_chunk`].
+    pub fn unpack_chunk(&self, packed: &[u8], codes: &mut [u8]) {
+        codes.fill(0);
+        for &(width, plane, shift) in Self::planes(self.bits) {
+            let (per, mask) = (8 / width, ((1u16 << width) - 1) as u8);
+            let vectors = codes.chunks_exact_mut(64 * per);
+            for (packed, group) in packed[plane..].chunks_exact(64).zip(vectors) {
+                for (place, vector) in group.chunks_exact_mut(64).enumerate() {
+                    for (&p, code) in packed.iter().zip(vector) {
+                        *code |= (p >> (width * place) & mask) << shift;
+                    }
+                }
+            }
+        }
+    }
+
     /// Offset of the wide 16-bit float `which` (0: scale, 1: minimum) of a row and super-block.
     pub fn wide_offset(&self, row: usize, sup: usize, which: usize) -> usize {
         row / ROWS * self.panel_bytes + sup * self.wide_bytes + which * 32 + row % ROWS * 2
@@ -281,11 +346,14 @@ impl KLayout {
     /// Offset of the byte that holds the ladder index of a row and block, and whether it is the high nibble. Two
     /// neighbouring blocks (2j, 2j+1) share byte `16 j + row`.
     pub fn rung_offset(&self, row: usize, block: usize) -> (usize, bool) {
-        (row / ROWS * self.panel_bytes + self.fine_at + block / 2 * ROWS + row % ROWS, block % 2 == 1)
+        (
+            row / ROWS * self.panel_bytes + self.fine_at + block / 2 * ROWS + row % ROWS,
+            block % 2 == 1,
+        )
     }
 }
 
-/// A k-bit matrix (out_features, in_features). Cloning shares the bytes.
+/// A k-bit matrix (`out_features`, `in_features`). Cloning shares the bytes.
 #[derive(Clone, Debug)]
 pub struct KTensor {
     layout: KLayout,
@@ -302,34 +370,75 @@ impl KTensor {
     ///
     /// # Errors
     /// [`Error::Format`] when codebook, ladder, permutation or bytes do not fit the header.
-    pub fn new(bits: usize, rows: usize, inputs: usize, codebook: Codebook, scales: Scales, permutation: Option<Arc<[u32]>>, bytes: Arc<Bytes>, offset: usize) -> Result<Self> {
+    pub fn new(
+        bits: usize,
+        rows: usize,
+        inputs: usize,
+        codebook: Codebook,
+        scales: Scales,
+        permutation: Option<Arc<[u32]>>,
+        bytes: Arc<Bytes>,
+        offset: usize,
+    ) -> Result<Self> {
         let layout = KLayout::new(bits, rows, inputs, &scales)?;
-        let wrong = |what: String| Err(Error::Format(format!("k-bit matrix of {rows} x {inputs} at {bits} bits: {what}")));
+        let wrong = |what: String| {
+            Err(Error::Format(format!(
+                "k-bit matrix of {rows} x {inputs} at {bits} bits: {what}"
+            )))
+        };
         let entries = match &codebook {
             Codebook::I8(c) => c.len(),
             Codebook::F32(c) => c.len(),
         };
         if entries != 1 << bits {
-            return wrong(format!("codebook wants {} entries, has {entries}", 1 << bits));
+            return wrong(format!(
+                "codebook wants {} entries, has {entries}",
+                1 << bits
+            ));
         }
         if let Scales::Ladder { ladder, .. } = &scales
             && ladder.iter().any(|&l| l > 128)
         {
             return wrong("ladder entries must be 0..=128".into());
         }
-        if matches!(scales, Scales::Ladder { .. } | Scales::Row) && !matches!(&codebook, Codebook::I8(c) if c.iter().all(|&v| v > -128)) {
+        if matches!(scales, Scales::Ladder { .. } | Scales::Row)
+            && !matches!(&codebook, Codebook::I8(c) if c.iter().all(|&v| v > -128))
+        {
             return wrong("a native scale kind wants int8 codebook entries of -127..=127".into());
         }
         if let Some(p) = &permutation {
             let mut seen = vec![false; inputs];
-            if p.len() != inputs || p.iter().any(|&i| seen.get_mut(i as usize).is_none_or(|s| std::mem::replace(s, true))) {
-                return wrong(format!("input permutation must name each of {inputs} inputs once"));
+            if p.len() != inputs
+                || p.iter().any(|&i| {
+                    seen.get_mut(i as usize)
+                        .is_none_or(|s| std::mem::replace(s, true))
+                })
+            {
+                return wrong(format!(
+                    "input permutation must name each of {inputs} inputs once"
+                ));
             }
         }
-        if offset % 64 != 0 || bytes.len().checked_sub(offset).is_none_or(|n| n < layout.nbytes()) {
-            return wrong(format!("wants {} bytes at a multiple of 64, has {} from {offset} on", layout.nbytes(), bytes.len()));
+        if !offset.is_multiple_of(64)
+            || bytes
+                .len()
+                .checked_sub(offset)
+                .is_none_or(|n| n < layout.nbytes())
+        {
+            return wrong(format!(
+                "wants {} bytes at a multiple of 64, has {} from {offset} on",
+                layout.nbytes(),
+                bytes.len()
+            ));
         }
-        Ok(Self { layout, codebook, scales, permutation, bytes, offset })
+        Ok(Self {
+            layout,
+            codebook,
+            scales,
+            permutation,
+            bytes,
+            offset,
+        })
     }
 
     /// Where everything lies.
@@ -370,8 +479,15 @@ impl KTensor {
             Codebook::I8(c) => c.len(),
             Codebook::F32(c) => 4 * c.len(),
         };
-        let ladder = if matches!(self.scales, Scales::Ladder { .. }) { 16 } else { 0 };
-        self.layout.nbytes() + tables + ladder + self.permutation.as_ref().map_or(0, |p| 4 * p.len())
+        let ladder = if matches!(self.scales, Scales::Ladder { .. }) {
+            16
+        } else {
+            0
+        };
+        self.layout.nbytes()
+            + tables
+            + ladder
+            + self.permutation.as_ref().map_or(0, |p| 4 * p.len())
     }
     /// Bits per weight, every constant and all padding counted.
     pub fn bits_per_weight(&self) -> f64 {
@@ -402,19 +518,39 @@ impl KTensor {
                     let s = scale.read(&b[l.fine_offset(row, k, scale.size())..]);
                     match offset {
                         Offset::None => s * value,
-                        Offset::Min => s * value + scale.read(&b[l.offset_offset(row, k, scale.size())..]),
+                        Offset::Min => {
+                            s * value + scale.read(&b[l.offset_offset(row, k, scale.size())..])
+                        }
                         Offset::Zero => s * (value - self.zero(b[l.offset_offset(row, k, 1)])),
                     }
                 }
                 Scales::Super { sub, min, .. } => {
                     let byte = b[l.fine_offset(row, k, 1)];
                     let (s, m) = match sub {
-                        SubScale::U8 => (f32::from(byte), if min { f32::from(b[l.offset_offset(row, k, 1)]) } else { 0.0 }),
-                        SubScale::I8 => (f32::from(byte as i8), if min { f32::from(b[l.offset_offset(row, k, 1)]) } else { 0.0 }),
+                        SubScale::U8 => (
+                            f32::from(byte),
+                            if min {
+                                f32::from(b[l.offset_offset(row, k, 1)])
+                            } else {
+                                0.0
+                            },
+                        ),
+                        SubScale::I8 => (
+                            f32::from(byte as i8),
+                            if min {
+                                f32::from(b[l.offset_offset(row, k, 1)])
+                            } else {
+                                0.0
+                            },
+                        ),
                         SubScale::U4 => (f32::from(byte & 15), f32::from(byte >> 4)),
                     };
                     let w = half_at(l.wide_offset(row, sup, 0)) * s * value;
-                    if min { w - half_at(l.wide_offset(row, sup, 1)) * m } else { w }
+                    if min {
+                        w - half_at(l.wide_offset(row, sup, 1)) * m
+                    } else {
+                        w
+                    }
                 }
             };
             out[self.permutation.as_ref().map_or(j, |p| p[j] as usize)] = w;

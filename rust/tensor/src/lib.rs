@@ -9,10 +9,12 @@ mod dtype;
 mod error;
 mod ktensor;
 pub mod program;
+mod quantize;
 mod tensor;
 
 pub use bytes::Bytes;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use ktensor::{CHUNK, Codebook, KLayout, KTensor, Offset, ROWS, SUPER, ScaleType, Scales, SubScale};
+pub use quantize::{CodebookFormat, QuantizeOptions, ReadRows, default_block, quantize, quantize_rows};
 pub use tensor::{Tensor, Weight};

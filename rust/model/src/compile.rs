@@ -11,7 +11,8 @@
 use std::collections::{BTreeSet, HashMap};
 
 use kbit_tensor::program::{
-    Activation, Buffer, BufferId, CacheLayer, Epilogue, Expert, Linear, Norm, NormKind, Op, Program, Routing, WeightId,
+    Activation, Buffer, BufferId, CacheLayer, Epilogue, Expert, Linear, Norm, NormKind, Op,
+    Program, Routing, WeightId,
 };
 use kbit_tensor::{Error, Result};
 
@@ -30,7 +31,11 @@ const LISTED: usize = 64;
 /// [`Error::Format`] when the spec contradicts itself, or naming every tensor that is missing and every one left over;
 /// [`Error::Unsupported`] for words the spec uses that kbit does not know; [`Error::ContextOverflow`] for a context past
 /// the model's.
-pub fn compile<'a>(spec: &ModelSpec, names: impl IntoIterator<Item = &'a str>, context: Option<usize>) -> Result<Program> {
+pub fn compile<'a>(
+    spec: &ModelSpec,
+    names: impl IntoIterator<Item = &'a str>,
+    context: Option<usize>,
+) -> Result<Program> {
     let present: BTreeSet<&str> = names.into_iter().collect();
     validate(spec, present.len())?;
     let context = match context {
@@ -38,7 +43,9 @@ pub fn compile<'a>(spec: &ModelSpec, names: impl IntoIterator<Item = &'a str>, c
         Some(0) => return Err(Error::Argument("context must be at least 1, is 0".into())),
         Some(c) if c > spec.max_position_embeddings => {
             let max = spec.max_position_embeddings;
-            return Err(Error::ContextOverflow(format!("context {c} asked of a model with {max} positions")));
+            return Err(Error::ContextOverflow(format!(
+                "context {c} asked of a model with {max} positions"
+            )));
         }
         Some(c) => c,
     };
@@ -46,8 +53,20 @@ pub fn compile<'a>(spec: &ModelSpec, names: impl IntoIterator<Item = &'a str>, c
     for r in &spec.ropes {
         ropes.push(rope(r, spec.max_position_embeddings, context)?);
     }
-    let program = Program { ropes, vocab_size: spec.vocab_size, context, ..Program::default() };
-    let mut c = Compiler { spec, present, program, ids: HashMap::new(), missing: BTreeSet::new(), act: activation(spec)? };
+    let program = Program {
+        ropes,
+        vocab_size: spec.vocab_size,
+        context,
+        ..Program::default()
+    };
+    let mut c = Compiler {
+        spec,
+        present,
+        program,
+        ids: HashMap::new(),
+        missing: BTreeSet::new(),
+        act: activation(spec)?,
+    };
     c.model()?;
     c.finish()
 }
@@ -71,13 +90,21 @@ fn validate(spec: &ModelSpec, tensors: usize) -> Result<()> {
     }
     let (heads, kv_heads) = (spec.num_attention_heads, spec.num_key_value_heads);
     if heads % kv_heads != 0 {
-        return wrong(format!("num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"));
+        return wrong(format!(
+            "num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        ));
     }
     if spec.layers.is_empty() || spec.layers.len() > tensors {
-        return wrong(format!("{} layers for {tensors} tensors", spec.layers.len()));
+        return wrong(format!(
+            "{} layers for {tensors} tensors",
+            spec.layers.len()
+        ));
     }
     if spec.position_offset > 1 << 24 {
-        return wrong(format!("position_offset must be at most 2^24, is {}", spec.position_offset));
+        return wrong(format!(
+            "position_offset must be at most 2^24, is {}",
+            spec.position_offset
+        ));
     }
     let floats = [
         ("norm_eps", Some(spec.norm_eps)),
@@ -100,17 +127,25 @@ fn validate(spec: &ModelSpec, tensors: usize) -> Result<()> {
     }
     for r in &spec.ropes {
         if r.rotary_dim == 0 || r.rotary_dim % 2 != 0 || r.rotary_dim > spec.head_dim {
-            return wrong(format!("rotary_dim must be even and 2..=head_dim {}, is {}", spec.head_dim, r.rotary_dim));
+            return wrong(format!(
+                "rotary_dim must be even and 2..=head_dim {}, is {}",
+                spec.head_dim, r.rotary_dim
+            ));
         }
     }
     for (i, layer) in spec.layers.iter().enumerate() {
         if let Some(r) = layer.rope
             && r >= spec.ropes.len()
         {
-            return wrong(format!("layer {i} names rope {r}, there are {}", spec.ropes.len()));
+            return wrong(format!(
+                "layer {i} names rope {r}, there are {}",
+                spec.ropes.len()
+            ));
         }
         if layer.sliding_window == Some(0) {
-            return wrong(format!("layer {i}: sliding_window must be at least 1, is 0"));
+            return wrong(format!(
+                "layer {i}: sliding_window must be at least 1, is 0"
+            ));
         }
         if layer.experts && spec.moe.is_none() {
             return wrong(format!("layer {i} has experts, but 'moe' is missing"));
@@ -119,7 +154,9 @@ fn validate(spec: &ModelSpec, tensors: usize) -> Result<()> {
     if let Some(moe) = &spec.moe {
         let (n, k) = (moe.num_experts, moe.num_experts_per_tok);
         if n > tensors || k == 0 || k > n {
-            return wrong(format!("num_experts_per_tok {k} of num_experts {n} with {tensors} tensors"));
+            return wrong(format!(
+                "num_experts_per_tok {k} of num_experts {n} with {tensors} tensors"
+            ));
         }
     }
     Ok(())
@@ -136,7 +173,9 @@ fn activation(spec: &ModelSpec) -> Result<Activation> {
         "relu2" => Activation::Relu2,
         other => {
             let known = "identity, silu, gelu, gelu_tanh, quick_gelu, relu and relu2";
-            return Err(Error::Unsupported(format!("hidden_act '{other}': kbit knows {known}")));
+            return Err(Error::Unsupported(format!(
+                "hidden_act '{other}': kbit knows {known}"
+            )));
         }
     })
 }
@@ -144,9 +183,16 @@ fn activation(spec: &ModelSpec) -> Result<Activation> {
 /// ALiBi slopes: `2^(-8 i / n)`, i = 1..=n, for the largest power of two n within `heads`; the rest are the odd ones of
 /// the next power.
 pub fn alibi_slopes(heads: usize) -> Vec<f32> {
-    let n = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    let n = if heads.is_power_of_two() {
+        heads
+    } else {
+        heads.next_power_of_two() / 2
+    };
     let slope = |i: usize, of: usize| libm::exp2(-8.0 * i as f64 / of as f64) as f32;
-    (1..=n).map(|i| slope(i, n)).chain((0..heads - n).map(|i| slope(2 * i + 1, 2 * n))).collect()
+    (1..=n)
+        .map(|i| slope(i, n))
+        .chain((0..heads - n).map(|i| slope(2 * i + 1, 2 * n)))
+        .collect()
 }
 
 struct Compiler<'a> {
@@ -178,7 +224,10 @@ struct Buffers {
 impl Compiler<'_> {
     fn model(&mut self) -> Result<()> {
         let spec = self.spec;
-        let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
+        let (q, kv) = (
+            spec.num_attention_heads * spec.head_dim,
+            spec.num_key_value_heads * spec.head_dim,
+        );
         let b = Buffers {
             h: self.buffer("residual", spec.hidden_size),
             x: self.buffer("normed", spec.hidden_size),
@@ -189,10 +238,21 @@ impl Compiler<'_> {
             y: self.buffer("addend", spec.hidden_size),
         };
         let table = self.required("embed.weight");
-        let positions = self.optional("embed.positions.weight").map(|w| (w, spec.position_offset));
-        self.push(Op::Embed { table, scale: spec.embed_scale as f32, positions, out: b.h });
+        let positions = self
+            .optional("embed.positions.weight")
+            .map(|w| (w, spec.position_offset));
+        self.push(Op::Embed {
+            table,
+            scale: spec.embed_scale as f32,
+            positions,
+            out: b.h,
+        });
         if let Some(norm) = self.norm("embed.norm", false)? {
-            self.push(Op::Norm { x: b.h, norm, out: b.h });
+            self.push(Op::Norm {
+                x: b.h,
+                norm,
+                out: b.h,
+            });
         }
         for (i, layer) in spec.layers.iter().enumerate() {
             self.push(Op::Hidden { x: b.h });
@@ -203,7 +263,12 @@ impl Compiler<'_> {
         let weight = self.optional("head.weight").unwrap_or(table);
         let bias = self.optional("head.bias");
         let softcap = spec.final_logit_softcapping.map(|c| c as f32);
-        self.push(Op::Head { x, linear: Linear { weight, bias }, scale: spec.logit_scale as f32, softcap });
+        self.push(Op::Head {
+            x,
+            linear: Linear { weight, bias },
+            scale: spec.logit_scale as f32,
+            softcap,
+        });
         Ok(())
     }
 
@@ -216,22 +281,42 @@ impl Compiler<'_> {
             false => None,
             true => Some(match self.norm(&format!("{mlp}.in_norm"), false)? {
                 Some(norm) => {
-                    self.push(Op::Norm { x: b.h, norm, out: b.x2 });
+                    self.push(Op::Norm {
+                        x: b.h,
+                        norm,
+                        out: b.x2,
+                    });
                     b.x2
                 }
                 None if x == b.h => {
-                    return Err(Error::Unsupported(format!("layer {i}: a parallel block without a norm before the MLP")));
+                    return Err(Error::Unsupported(format!(
+                        "layer {i}: a parallel block without a norm before the MLP"
+                    )));
                 }
                 None => x,
             }),
         };
 
-        let parts = ["q", "k", "v"].map(|p| self.linear(&format!("{attn}.{p}"))).to_vec();
-        self.push(Op::Linear { x, parts, epilogue: Epilogue::Store, out: b.qkv });
+        let parts = ["q", "k", "v"]
+            .map(|p| self.linear(&format!("{attn}.{p}")))
+            .to_vec();
+        self.push(Op::Linear {
+            x,
+            parts,
+            epilogue: Epilogue::Store,
+            out: b.qkv,
+        });
         let q_norm = self.norm(&format!("{attn}.q_norm"), false)?;
         let k_norm = self.norm(&format!("{attn}.k_norm"), false)?;
         let clip = spec.clip_qkv.map(|c| c as f32);
-        self.push(Op::RopeAppend { qkv: b.qkv, layer: i, rope: layer.rope, q_norm, k_norm, clip });
+        self.push(Op::RopeAppend {
+            qkv: b.qkv,
+            layer: i,
+            rope: layer.rope,
+            q_norm,
+            k_norm,
+            clip,
+        });
         let sinks = self.optional(&format!("{attn}.sinks"));
         self.push(Op::Attention {
             qkv: b.qkv,
@@ -256,7 +341,11 @@ impl Compiler<'_> {
             Some(x) => x,
             None => self.normed(&format!("{mlp}.in_norm"), b.h, b.x, true)?,
         };
-        if layer.experts { self.experts(i, &mlp, x, b) } else { self.mlp(&mlp, x, b) }
+        if layer.experts {
+            self.experts(i, &mlp, x, b)
+        } else {
+            self.mlp(&mlp, x, b)
+        }
     }
 
     fn mlp(&mut self, mlp: &str, x: BufferId, b: &Buffers) -> Result<()> {
@@ -266,46 +355,94 @@ impl Compiler<'_> {
             parts.push(self.linear(&format!("{mlp}.gate")));
         }
         parts.push(self.linear(&format!("{mlp}.up")));
-        self.push(Op::Linear { x, parts, epilogue, out: b.inner });
+        self.push(Op::Linear {
+            x,
+            parts,
+            epilogue,
+            out: b.inner,
+        });
         let down = self.linear(&format!("{mlp}.down"));
         self.add_to_stream(&format!("{mlp}.out_norm"), b.inner, down, b)
     }
 
     fn experts(&mut self, i: usize, mlp: &str, x: BufferId, b: &Buffers) -> Result<()> {
-        let Some(moe) = &self.spec.moe else { return Ok(()) };
+        let Some(moe) = &self.spec.moe else {
+            return Ok(());
+        };
         let routing = match moe.routing.as_str() {
             "softmax_topk" => Routing::SoftmaxTopK { renormalise: false },
             "softmax_topk_renormalise" => Routing::SoftmaxTopK { renormalise: true },
             "topk_softmax" => Routing::TopKSoftmax,
             other => {
                 let known = "softmax_topk, softmax_topk_renormalise and topk_softmax";
-                return Err(Error::Unsupported(format!("routing '{other}': kbit knows {known}")));
+                return Err(Error::Unsupported(format!(
+                    "routing '{other}': kbit knows {known}"
+                )));
             }
         };
         if self.norm(&format!("{mlp}.out_norm"), false)?.is_some() {
-            return Err(Error::Unsupported(format!("layer {i}: a norm of what experts add")));
+            return Err(Error::Unsupported(format!(
+                "layer {i}: a norm of what experts add"
+            )));
         }
         let epilogue = self.inner_epilogue()?;
         let router = self.linear(&format!("{mlp}.router"));
         let expert = |e| {
             let mut part = |p| self.linear(&format!("{mlp}.experts.{e}.{p}"));
-            Expert { gate: gated(epilogue).then(|| part("gate")), up: part("up"), down: part("down") }
+            Expert {
+                gate: gated(epilogue).then(|| part("gate")),
+                up: part("up"),
+                down: part("down"),
+            }
         };
         let experts = (0..moe.num_experts).map(expert).collect();
         let scale = self.spec.residual_scale as f32;
-        self.push(Op::Experts { x, router, experts, top_k: moe.num_experts_per_tok, routing, epilogue, scale, into: b.h });
+        self.push(Op::Experts {
+            x,
+            router,
+            experts,
+            top_k: moe.num_experts_per_tok,
+            routing,
+            epilogue,
+            scale,
+            into: b.h,
+        });
         Ok(())
     }
 
     /// `h += scale * norm(W x + b)`, fused where there is no norm.
-    fn add_to_stream(&mut self, norm: &str, x: BufferId, linear: Linear, b: &Buffers) -> Result<()> {
+    fn add_to_stream(
+        &mut self,
+        norm: &str,
+        x: BufferId,
+        linear: Linear,
+        b: &Buffers,
+    ) -> Result<()> {
         let scale = self.spec.residual_scale as f32;
         match self.norm(norm, false)? {
-            None => self.push(Op::Linear { x, parts: vec![linear], epilogue: Epilogue::AddTo { scale }, out: b.h }),
+            None => self.push(Op::Linear {
+                x,
+                parts: vec![linear],
+                epilogue: Epilogue::AddTo { scale },
+                out: b.h,
+            }),
             Some(norm) => {
-                self.push(Op::Linear { x, parts: vec![linear], epilogue: Epilogue::Store, out: b.y });
-                self.push(Op::Norm { x: b.y, norm, out: b.y });
-                self.push(Op::Add { x: b.y, scale, into: b.h });
+                self.push(Op::Linear {
+                    x,
+                    parts: vec![linear],
+                    epilogue: Epilogue::Store,
+                    out: b.y,
+                });
+                self.push(Op::Norm {
+                    x: b.y,
+                    norm,
+                    out: b.y,
+                });
+                self.push(Op::Add {
+                    x: b.y,
+                    scale,
+                    into: b.h,
+                });
             }
         }
         Ok(())
@@ -316,23 +453,40 @@ impl Compiler<'_> {
             "plain" => Epilogue::Act(self.act),
             "gated" => Epilogue::Gated(self.act),
             "gated_clamped" => match (self.spec.mlp_alpha, self.spec.mlp_limit) {
-                (Some(alpha), Some(limit)) if limit >= 0.0 => {
-                    Epilogue::GatedClamped { alpha: alpha as f32, limit: limit as f32 }
+                (Some(alpha), Some(limit)) if limit >= 0.0 => Epilogue::GatedClamped {
+                    alpha: alpha as f32,
+                    limit: limit as f32,
+                },
+                _ => {
+                    return Err(Error::Format(
+                        "spec: a gated_clamped MLP wants mlp_alpha and mlp_limit >= 0".into(),
+                    ));
                 }
-                _ => return Err(Error::Format("spec: a gated_clamped MLP wants mlp_alpha and mlp_limit >= 0".into())),
             },
             other => {
-                return Err(Error::Unsupported(format!("mlp '{other}': kbit knows plain, gated and gated_clamped")));
+                return Err(Error::Unsupported(format!(
+                    "mlp '{other}': kbit knows plain, gated and gated_clamped"
+                )));
             }
         })
     }
 
     /// The buffer with the normed `from`: `into`, or `from` itself where there is no norm.
-    fn normed(&mut self, name: &str, from: BufferId, into: BufferId, place: bool) -> Result<BufferId> {
+    fn normed(
+        &mut self,
+        name: &str,
+        from: BufferId,
+        into: BufferId,
+        place: bool,
+    ) -> Result<BufferId> {
         Ok(match self.norm(name, place)? {
             None => from,
             Some(norm) => {
-                self.push(Op::Norm { x: from, norm, out: into });
+                self.push(Op::Norm {
+                    x: from,
+                    norm,
+                    out: into,
+                });
                 into
             }
         })
@@ -343,15 +497,30 @@ impl Compiler<'_> {
         let kind = match self.spec.norm.as_str() {
             "rms" => NormKind::Rms,
             "layer" => NormKind::Layer,
-            other => return Err(Error::Unsupported(format!("norm '{other}': kbit knows rms and layer"))),
+            other => {
+                return Err(Error::Unsupported(format!(
+                    "norm '{other}': kbit knows rms and layer"
+                )));
+            }
         };
-        let (weight, bias) = (self.optional(&format!("{name}.weight")), self.optional(&format!("{name}.bias")));
+        let (weight, bias) = (
+            self.optional(&format!("{name}.weight")),
+            self.optional(&format!("{name}.bias")),
+        );
         let there = weight.is_some() || bias.is_some() || (place && kind == NormKind::Layer);
-        Ok(there.then_some(Norm { kind, eps: self.spec.norm_eps as f32, weight, bias }))
+        Ok(there.then_some(Norm {
+            kind,
+            eps: self.spec.norm_eps as f32,
+            weight,
+            bias,
+        }))
     }
 
     fn linear(&mut self, name: &str) -> Linear {
-        Linear { weight: self.required(&format!("{name}.weight")), bias: self.optional(&format!("{name}.bias")) }
+        Linear {
+            weight: self.required(&format!("{name}.weight")),
+            bias: self.optional(&format!("{name}.bias")),
+        }
     }
 
     fn optional(&mut self, name: &str) -> Option<WeightId> {
@@ -371,7 +540,10 @@ impl Compiler<'_> {
     }
 
     fn buffer(&mut self, name: &str, width: usize) -> BufferId {
-        self.program.buffers.push(Buffer { name: name.into(), width });
+        self.program.buffers.push(Buffer {
+            name: name.into(),
+            width,
+        });
         BufferId(self.program.buffers.len() as u32 - 1)
     }
 
@@ -380,12 +552,21 @@ impl Compiler<'_> {
     }
 
     fn finish(self) -> Result<Program> {
-        let left: Vec<&str> = self.present.iter().copied().filter(|n| !self.ids.contains_key(*n)).collect();
+        let left: Vec<&str> = self
+            .present
+            .iter()
+            .copied()
+            .filter(|n| !self.ids.contains_key(*n))
+            .collect();
         let missing: Vec<&str> = self.missing.iter().map(String::as_str).collect();
         if left.is_empty() && missing.is_empty() {
             return Ok(self.program);
         }
-        Err(Error::Format(format!("checkpoint: missing tensors: {}; left over: {}", list(&missing), list(&left))))
+        Err(Error::Format(format!(
+            "checkpoint: missing tensors: {}; left over: {}",
+            list(&missing),
+            list(&left)
+        )))
     }
 }
 

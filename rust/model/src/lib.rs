@@ -4,10 +4,14 @@
 //! tensors that exist into a program; a device prepares it into a runner; [`Engine`] drives the runner.
 
 mod compile;
+mod engine;
 mod interpret;
 mod rope;
+mod sampler;
 pub mod spec;
 
-pub use interpret::Reference;
 pub use compile::{alibi_slopes, compile};
+pub use engine::{Engine, Finish, Generate, Pass, PassKind, PassOutput, Request, Stats, Token};
+pub use interpret::Reference;
 pub use rope::rope;
+pub use sampler::{LogProbs, Sampling, philox, uniform};

@@ -58,7 +58,14 @@ impl Attention<'_> {
     }
 
     /// The probabilities behind [`Attention::token`], into `out` (q_heads, tokens, position + 1 + later ones).
-    pub(super) fn weights(&self, qkv: &[f32], position: usize, out: &mut [f32], token: usize, tokens: usize) {
+    pub(super) fn weights(
+        &self,
+        qkv: &[f32],
+        position: usize,
+        out: &mut [f32],
+        token: usize,
+        tokens: usize,
+    ) {
         let positions = out.len() / (self.layer.q_heads * tokens);
         let mut o = vec![0.0; self.layer.head_dim];
         for head in 0..self.layer.q_heads {
@@ -99,7 +106,10 @@ impl Attention<'_> {
         let first = self.first(position);
         for chunk in first / CHUNK..=position / CHUNK {
             let keys = first.max(chunk * CHUNK)..(position + 1).min((chunk + 1) * CHUNK);
-            let s: Vec<f32> = keys.clone().map(|p| self.logit(qkv, head, position, p)).collect();
+            let s: Vec<f32> = keys
+                .clone()
+                .map(|p| self.logit(qkv, head, position, p))
+                .collect();
             let m = s.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             // Lanes are told by the position, so keys before the window's start leave a gap of zeros.
             let mut p = vec![0.0; keys.start - chunk * CHUNK];
@@ -115,7 +125,9 @@ impl Attention<'_> {
             let new = big_m.max(m);
             let (a, b) = (exp(big_m - new), exp(m - new));
             big_l = big_l * a + l * b;
-            out.iter_mut().zip(o).for_each(|(out, o)| *out = *out * a + o * b);
+            out.iter_mut()
+                .zip(o)
+                .for_each(|(out, o)| *out = *out * a + o * b);
             big_m = new;
         }
         if let Some(sinks) = self.sinks {

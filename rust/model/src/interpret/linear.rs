@@ -11,7 +11,9 @@ impl Weights {
     pub(super) fn row(&self, id: WeightId, row: usize, out: &mut [f32]) {
         match &self.weights[id.0 as usize] {
             Weight::Quantised(k) => k.dequantize_row(row, out),
-            Weight::Dense(_) => out.copy_from_slice(&self.dense[id.0 as usize][row * out.len()..][..out.len()]),
+            Weight::Dense(_) => {
+                out.copy_from_slice(&self.dense[id.0 as usize][row * out.len()..][..out.len()])
+            }
         }
     }
 
@@ -19,7 +21,9 @@ impl Weights {
     pub(super) fn linear(&self, linear: &Linear, x: &[f32]) -> Vec<f32> {
         let weight = &self.weights[linear.weight.0 as usize];
         let mut y = match weight {
-            Weight::Quantised(k) if integer(k) && self.activations == Activations::Int8 => integer_matmul(k, x),
+            Weight::Quantised(k) if integer(k) && self.activations == Activations::Int8 => {
+                integer_matmul(k, x)
+            }
             _ => {
                 let mut w = vec![0.0; x.len()];
                 let mut float_row = |r| {
@@ -30,7 +34,9 @@ impl Weights {
             }
         };
         if let Some(bias) = linear.bias {
-            y.iter_mut().zip(&self.dense[bias.0 as usize]).for_each(|(y, b)| *y += b);
+            y.iter_mut()
+                .zip(&self.dense[bias.0 as usize])
+                .for_each(|(y, b)| *y += b);
         }
         y
     }
@@ -59,7 +65,12 @@ pub(super) fn quantise_block(x: &[f32]) -> (f32, Vec<i8>) {
         return (0.0, vec![0; x.len()]);
     }
     let inv = 127.0 / amax;
-    (amax / 127.0, x.iter().map(|v| (v * inv).round_ties_even() as i8).collect())
+    (
+        amax / 127.0,
+        x.iter()
+            .map(|v| (v * inv).round_ties_even() as i8)
+            .collect(),
+    )
 }
 
 /// Section 3, all rows.
@@ -69,12 +80,16 @@ fn integer_matmul(k: &KTensor, x: &[f32]) -> Vec<f32> {
         None => x.to_vec(),
     };
     let blocks: Vec<(f32, Vec<i8>)> = x.chunks(SUPER).map(quantise_block).collect();
-    (0..k.rows()).map(|row| integer_row(k, row, &blocks)).collect()
+    (0..k.rows())
+        .map(|row| integer_row(k, row, &blocks))
+        .collect()
 }
 
 /// Section 3, one row; `blocks`: the activations of each super-block.
 fn integer_row(k: &KTensor, row: usize, blocks: &[(f32, Vec<i8>)]) -> f32 {
-    let Codebook::I8(codebook) = k.codebook() else { return f32::NAN };
+    let Codebook::I8(codebook) = k.codebook() else {
+        return f32::NAN;
+    };
     let (layout, bytes, scales) = (k.layout(), k.bytes(), k.scales());
     let half_at = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
     let brain_at = |at: usize| bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
@@ -93,7 +108,11 @@ fn integer_row(k: &KTensor, row: usize, blocks: &[(f32, Vec<i8>)]) -> f32 {
                 }
                 _ => code(j),
             };
-            let dot: i32 = a.iter().enumerate().map(|(j, &a)| weight(j) * i32::from(a)).sum();
+            let dot: i32 = a
+                .iter()
+                .enumerate()
+                .map(|(j, &a)| weight(j) * i32::from(a))
+                .sum();
             let asum: i32 = a.iter().map(|&a| i32::from(a)).sum();
             (start / block, dot, asum)
         });
@@ -130,7 +149,11 @@ fn integer_row(k: &KTensor, row: usize, blocks: &[(f32, Vec<i8>)]) -> f32 {
                     };
                     isum += s * dot;
                     if min {
-                        let m = if sub == SubScale::U4 { fine >> 4 } else { bytes[layout.offset_offset(row, b, 1)] };
+                        let m = if sub == SubScale::U4 {
+                            fine >> 4
+                        } else {
+                            bytes[layout.offset_offset(row, b, 1)]
+                        };
                         msum += i32::from(m) * asum;
                     }
                 }

@@ -5,14 +5,20 @@ use kbit_tensor::program::Activation;
 /// Section 1: 16 lanes, reduced by halves.
 pub(super) fn lane_sum(values: impl IntoIterator<Item = f32>) -> f32 {
     let mut lanes = [0f32; 16];
-    values.into_iter().enumerate().for_each(|(i, v)| lanes[i % 16] += v);
+    values
+        .into_iter()
+        .enumerate()
+        .for_each(|(i, v)| lanes[i % 16] += v);
     reduce(lanes)
 }
 
 /// Section 1: the fma lane sum of `a * b`.
 pub(super) fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
-    a.iter().zip(b).enumerate().for_each(|(i, (a, b))| lanes[i % 16] = a.mul_add(*b, lanes[i % 16]));
+    a.iter()
+        .zip(b)
+        .enumerate()
+        .for_each(|(i, (a, b))| lanes[i % 16] = a.mul_add(*b, lanes[i % 16]));
     reduce(lanes)
 }
 

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kbit_tensor::program::{
-    Activations, CacheType, Device, Epilogue, Expert, Norm, NormKind, Op, Options, Output, Part, Program, Routing, Rows,
-    Runner, SequenceId, Want,
+    Activations, CacheType, Device, Epilogue, Expert, Norm, NormKind, Op, Options, Output, Part,
+    Program, Routing, Rows, Runner, SequenceId, Want,
 };
 use kbit_tensor::{Error, Result, Weight};
 
@@ -28,15 +28,30 @@ impl Device for Reference {
         "reference".into()
     }
 
-    fn prepare(&self, program: Arc<Program>, weights: Vec<Weight>, options: Options) -> Result<Box<dyn Runner>> {
+    fn prepare(
+        &self,
+        program: Arc<Program>,
+        weights: Vec<Weight>,
+        options: Options,
+    ) -> Result<Box<dyn Runner>> {
         program.check(&weights)?;
         let dense = |w: &Weight| match w {
             Weight::Dense(t) => t.to_f32(),
             Weight::Quantised(_) => Vec::new(),
         };
         let dense = weights.iter().map(dense).collect();
-        let weights = Weights { weights, dense, activations: options.activations };
-        Ok(Box::new(Interpreter { program, weights, options, sequences: BTreeMap::new(), next: 0 }))
+        let weights = Weights {
+            weights,
+            dense,
+            activations: options.activations,
+        };
+        Ok(Box::new(Interpreter {
+            program,
+            weights,
+            options,
+            sequences: BTreeMap::new(),
+            next: 0,
+        }))
     }
 }
 
@@ -68,7 +83,9 @@ impl Interpreter {
     fn insert(&mut self, sequence: Sequence) -> Result<SequenceId> {
         let (planned, context) = (sequence.planned, self.program.context);
         if planned > context {
-            return Err(Error::ContextOverflow(format!("{planned} tokens planned, the context holds {context}")));
+            return Err(Error::ContextOverflow(format!(
+                "{planned} tokens planned, the context holds {context}"
+            )));
         }
         let id = SequenceId(self.next);
         self.next += 1;
@@ -77,7 +94,11 @@ impl Interpreter {
     }
 
     fn token_bytes(&self) -> usize {
-        self.program.cache.iter().map(|l| 8 * l.kv_heads * l.head_dim).sum()
+        self.program
+            .cache
+            .iter()
+            .map(|l| 8 * l.kv_heads * l.head_dim)
+            .sum()
     }
 
     /// Everything that can be wrong with a batch, before anything is computed.
@@ -85,45 +106,83 @@ impl Interpreter {
         let mut new = 0;
         for (i, part) in batch.iter().enumerate() {
             let Some(sequence) = self.sequences.get(&part.sequence) else {
-                return Err(Error::Argument(format!("sequence {} is not open", part.sequence.0)));
+                return Err(Error::Argument(format!(
+                    "sequence {} is not open",
+                    part.sequence.0
+                )));
             };
             if batch[..i].iter().any(|p| p.sequence == part.sequence) {
-                return Err(Error::Argument(format!("sequence {} is twice in the batch", part.sequence.0)));
+                return Err(Error::Argument(format!(
+                    "sequence {} is twice in the batch",
+                    part.sequence.0
+                )));
             }
             if part.ids.is_empty() {
-                return Err(Error::Argument(format!("sequence {} has no new tokens", part.sequence.0)));
+                return Err(Error::Argument(format!(
+                    "sequence {} has no new tokens",
+                    part.sequence.0
+                )));
             }
             let vocab = self.program.vocab_size;
             if let Some(id) = part.ids.iter().find(|&&id| id as usize >= vocab) {
-                return Err(Error::Argument(format!("token id {id} is outside the vocabulary of {vocab}")));
+                return Err(Error::Argument(format!(
+                    "token id {id} is outside the vocabulary of {vocab}"
+                )));
             }
             let (len, context) = (sequence.len + part.ids.len(), self.program.context);
             if len > context {
-                return Err(Error::ContextOverflow(format!("{len} tokens in a context of {context}")));
+                return Err(Error::ContextOverflow(format!(
+                    "{len} tokens in a context of {context}"
+                )));
             }
             new += part.ids.len();
         }
         let wanted = self.cache_bytes() + new * self.token_bytes();
         if self.options.cache_bytes > 0 && wanted > self.options.cache_bytes {
-            return Err(Error::Memory(format!("KV cache of {wanted} bytes, allowed are {}", self.options.cache_bytes)));
+            return Err(Error::Memory(format!(
+                "KV cache of {wanted} bytes, allowed are {}",
+                self.options.cache_bytes
+            )));
         }
         Ok(())
     }
 
     /// Runs the ops for one part; its new keys and values are appended, its length is not.
-    fn part(&mut self, part: &Part<'_>, want: Want, cancel: &AtomicBool, out: &mut Step) -> Result<()> {
+    fn part(
+        &mut self,
+        part: &Part<'_>,
+        want: Want,
+        cancel: &AtomicBool,
+        out: &mut Step,
+    ) -> Result<()> {
         let program = self.program.clone();
-        let Some(sequence) = self.sequences.get_mut(&part.sequence) else { return Ok(()) };
+        let Some(sequence) = self.sequences.get_mut(&part.sequence) else {
+            return Ok(());
+        };
         let (w, n, start) = (&self.weights, part.ids.len(), sequence.len);
-        let mut buffers: Vec<Vec<f32>> = program.buffers.iter().map(|b| vec![0.0; n * b.width]).collect();
+        let mut buffers: Vec<Vec<f32>> = program
+            .buffers
+            .iter()
+            .map(|b| vec![0.0; n * b.width])
+            .collect();
         let width = |b: kbit_tensor::program::BufferId| program.buffers[b.0 as usize].width;
         for op in &program.ops {
             if cancel.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
             }
             match op {
-                Op::Embed { table, scale, positions, out } => {
-                    for (t, (&id, to)) in part.ids.iter().zip(buffers[out.0 as usize].chunks_exact_mut(width(*out))).enumerate() {
+                Op::Embed {
+                    table,
+                    scale,
+                    positions,
+                    out,
+                } => {
+                    for (t, (&id, to)) in part
+                        .ids
+                        .iter()
+                        .zip(buffers[out.0 as usize].chunks_exact_mut(width(*out)))
+                        .enumerate()
+                    {
                         w.row(*table, id as usize, to);
                         to.iter_mut().for_each(|v| *v *= scale);
                         if let Some((table, offset)) = positions {
@@ -135,20 +194,40 @@ impl Interpreter {
                 }
                 Op::Norm { x, norm, out } => {
                     let from = buffers[x.0 as usize].clone();
-                    let rows = from.chunks_exact(width(*x)).zip(buffers[out.0 as usize].chunks_exact_mut(width(*out)));
+                    let rows = from
+                        .chunks_exact(width(*x))
+                        .zip(buffers[out.0 as usize].chunks_exact_mut(width(*out)));
                     rows.for_each(|(from, to)| w.norm(norm, from, to));
                 }
-                Op::Linear { x, parts, epilogue, out } => {
+                Op::Linear {
+                    x,
+                    parts,
+                    epilogue,
+                    out,
+                } => {
                     let from = buffers[x.0 as usize].clone();
-                    for (from, to) in from.chunks_exact(width(*x)).zip(buffers[out.0 as usize].chunks_exact_mut(width(*out))) {
+                    for (from, to) in from
+                        .chunks_exact(width(*x))
+                        .zip(buffers[out.0 as usize].chunks_exact_mut(width(*out)))
+                    {
                         let y: Vec<Vec<f32>> = parts.iter().map(|p| w.linear(p, from)).collect();
                         epilogue_of(*epilogue, &y, to);
                     }
                 }
-                Op::RopeAppend { qkv, layer, rope, q_norm, k_norm, clip } => {
+                Op::RopeAppend {
+                    qkv,
+                    layer,
+                    rope,
+                    q_norm,
+                    k_norm,
+                    clip,
+                } => {
                     let l = &program.cache[*layer];
                     let rope = rope.map(|r| &program.ropes[r]);
-                    for (t, row) in buffers[qkv.0 as usize].chunks_exact_mut(width(*qkv)).enumerate() {
+                    for (t, row) in buffers[qkv.0 as usize]
+                        .chunks_exact_mut(width(*qkv))
+                        .enumerate()
+                    {
                         if let Some(clip) = clip {
                             row.iter_mut().for_each(|v| *v = v.clamp(-clip, *clip));
                         }
@@ -159,14 +238,39 @@ impl Interpreter {
                                 w.head_norm(norm, part, l.head_dim);
                             }
                             if let Some(rope) = rope {
-                                attention::rotate(rope, sequence.planned, start + t, part, l.head_dim);
+                                attention::rotate(
+                                    rope,
+                                    sequence.planned,
+                                    start + t,
+                                    part,
+                                    l.head_dim,
+                                );
                             }
                         }
-                        attention::store(self.options.cache, k, l.head_dim, &mut sequence.keys[*layer]);
-                        attention::store(self.options.cache, v, l.head_dim, &mut sequence.values[*layer]);
+                        attention::store(
+                            self.options.cache,
+                            k,
+                            l.head_dim,
+                            &mut sequence.keys[*layer],
+                        );
+                        attention::store(
+                            self.options.cache,
+                            v,
+                            l.head_dim,
+                            &mut sequence.values[*layer],
+                        );
                     }
                 }
-                Op::Attention { qkv, layer, scale, window, softcap, alibi, sinks, out: to } => {
+                Op::Attention {
+                    qkv,
+                    layer,
+                    scale,
+                    window,
+                    softcap,
+                    alibi,
+                    sinks,
+                    out: to,
+                } => {
                     let sinks = sinks.map(|s| w.dense[s.0 as usize].as_slice());
                     let attention = attention::Attention {
                         layer: &program.cache[*layer],
@@ -179,7 +283,14 @@ impl Interpreter {
                         sinks,
                     };
                     let queries = buffers[qkv.0 as usize].clone();
-                    let mut weights = vec![0.0; if want.attentions { attention.layer.q_heads * n * (start + n) } else { 0 }];
+                    let mut weights = vec![
+                        0.0;
+                        if want.attentions {
+                            attention.layer.q_heads * n * (start + n)
+                        } else {
+                            0
+                        }
+                    ];
                     for (t, row) in queries.chunks_exact(width(*qkv)).enumerate() {
                         let to = &mut buffers[to.0 as usize][t * width(*to)..][..width(*to)];
                         attention.token(row, start + t, to);
@@ -193,11 +304,26 @@ impl Interpreter {
                 }
                 Op::Add { x, scale, into } => {
                     let from = buffers[x.0 as usize].clone();
-                    buffers[into.0 as usize].iter_mut().zip(from).for_each(|(h, y)| *h += scale * y);
+                    buffers[into.0 as usize]
+                        .iter_mut()
+                        .zip(from)
+                        .for_each(|(h, y)| *h += scale * y);
                 }
-                Op::Experts { x, router, experts, top_k, routing, epilogue, scale, into } => {
+                Op::Experts {
+                    x,
+                    router,
+                    experts,
+                    top_k,
+                    routing,
+                    epilogue,
+                    scale,
+                    into,
+                } => {
                     let from = buffers[x.0 as usize].clone();
-                    for (from, to) in from.chunks_exact(width(*x)).zip(buffers[into.0 as usize].chunks_exact_mut(width(*into))) {
+                    for (from, to) in from
+                        .chunks_exact(width(*x))
+                        .zip(buffers[into.0 as usize].chunks_exact_mut(width(*into)))
+                    {
                         let chosen = route(&w.linear(router, from), *top_k, *routing);
                         let mut sum = vec![0.0; to.len()];
                         for (e, weight) in chosen {
@@ -212,7 +338,12 @@ impl Interpreter {
                         out.hidden_op(&buffers[x.0 as usize]);
                     }
                 }
-                Op::Head { x, linear, scale, softcap } => {
+                Op::Head {
+                    x,
+                    linear,
+                    scale,
+                    softcap,
+                } => {
                     let first = match part.rows {
                         Rows::None => n,
                         Rows::Last => n - 1,
@@ -277,7 +408,10 @@ fn epilogue_of(epilogue: Epilogue, y: &[Vec<f32>], to: &mut [f32]) {
     let flat = y.iter().flatten();
     match epilogue {
         Epilogue::Store => to.iter_mut().zip(flat).for_each(|(o, y)| *o = *y),
-        Epilogue::Act(act) => to.iter_mut().zip(flat).for_each(|(o, y)| *o = activate(act, *y)),
+        Epilogue::Act(act) => to
+            .iter_mut()
+            .zip(flat)
+            .for_each(|(o, y)| *o = activate(act, *y)),
         Epilogue::AddTo { scale } => to.iter_mut().zip(flat).for_each(|(o, y)| *o += scale * y),
         Epilogue::Gated(act) => {
             for (o, (gate, up)) in to.iter_mut().zip(y[0].iter().zip(&y[1])) {
@@ -310,7 +444,11 @@ fn route(logits: &[f32], top_k: usize, routing: Routing) -> Vec<(usize, f32)> {
         Routing::SoftmaxTopK { renormalise } => {
             let all = softmax(logits);
             let weights: Vec<f32> = order.iter().map(|&e| all[e]).collect();
-            let sum = if renormalise { lane_sum(weights.iter().copied()) } else { 1.0 };
+            let sum = if renormalise {
+                lane_sum(weights.iter().copied())
+            } else {
+                1.0
+            };
             weights.into_iter().map(|w| w / sum).collect()
         }
     };
@@ -320,14 +458,22 @@ fn route(logits: &[f32], top_k: usize, routing: Routing) -> Vec<(usize, f32)> {
 impl Weights {
     fn norm(&self, norm: &Norm, from: &[f32], to: &mut [f32]) {
         let n = from.len() as f32;
-        let learned = |id: Option<kbit_tensor::program::WeightId>| id.map(|id| self.dense[id.0 as usize].as_slice());
+        let learned = |id: Option<kbit_tensor::program::WeightId>| {
+            id.map(|id| self.dense[id.0 as usize].as_slice())
+        };
         let (weight, bias) = (learned(norm.weight), learned(norm.bias));
         let (mean, r) = match norm.kind {
-            NormKind::Rms => (0.0, 1.0 / (math::lane_dot(from, from) / n + norm.eps).sqrt()),
+            NormKind::Rms => (
+                0.0,
+                1.0 / (math::lane_dot(from, from) / n + norm.eps).sqrt(),
+            ),
             NormKind::Layer => {
                 let mean = lane_sum(from.iter().copied()) / n;
                 let centred: Vec<f32> = from.iter().map(|x| x - mean).collect();
-                (mean, 1.0 / (math::lane_dot(&centred, &centred) / n + norm.eps).sqrt())
+                (
+                    mean,
+                    1.0 / (math::lane_dot(&centred, &centred) / n + norm.eps).sqrt(),
+                )
             }
         };
         for (i, (x, o)) in from.iter().zip(to).enumerate() {
@@ -343,7 +489,10 @@ impl Weights {
 
     /// Per head, or over the whole width when the weight is that long.
     fn head_norm(&self, norm: &Norm, x: &mut [f32], head_dim: usize) {
-        let learned = norm.weight.or(norm.bias).map_or(head_dim, |id| self.dense[id.0 as usize].len());
+        let learned = norm
+            .weight
+            .or(norm.bias)
+            .map_or(head_dim, |id| self.dense[id.0 as usize].len());
         for part in x.chunks_exact_mut(learned) {
             let from = part.to_vec();
             self.norm(norm, &from, part);
@@ -351,7 +500,12 @@ impl Weights {
     }
 
     fn expert(&self, expert: &Expert, x: &[f32], epilogue: Epilogue) -> Vec<f32> {
-        let y: Vec<Vec<f32>> = expert.gate.iter().chain([&expert.up]).map(|p| self.linear(p, x)).collect();
+        let y: Vec<Vec<f32>> = expert
+            .gate
+            .iter()
+            .chain([&expert.up])
+            .map(|p| self.linear(p, x))
+            .collect();
         let mut inner = vec![0.0; y[0].len()];
         epilogue_of(epilogue, &y, &mut inner);
         self.linear(&expert.down, &inner)
@@ -361,7 +515,12 @@ impl Weights {
 impl Runner for Interpreter {
     fn open(&mut self, planned: usize) -> Result<SequenceId> {
         let layers = vec![Vec::new(); self.program.cache.len()];
-        self.insert(Sequence { keys: layers.clone(), values: layers, len: 0, planned })
+        self.insert(Sequence {
+            keys: layers.clone(),
+            values: layers,
+            len: 0,
+            planned,
+        })
     }
 
     fn close(&mut self, sequence: SequenceId) {
@@ -385,19 +544,30 @@ impl Runner for Interpreter {
 
     fn fork(&mut self, sequence: SequenceId, planned: usize) -> Result<SequenceId> {
         let Some(s) = self.sequences.get(&sequence) else {
-            return Err(Error::Argument(format!("sequence {} is not open", sequence.0)));
+            return Err(Error::Argument(format!(
+                "sequence {} is not open",
+                sequence.0
+            )));
         };
-        let fork = Sequence { planned, ..s.clone() };
+        let fork = Sequence {
+            planned,
+            ..s.clone()
+        };
         self.insert(fork)
     }
 
     fn run(&mut self, batch: &[Part<'_>], want: Want, cancel: &AtomicBool) -> Result<Output> {
         self.validate(batch)?;
-        let mut step = Step { attentions: vec![Vec::new(); self.program.cache.len()], ..Step::default() };
+        let mut step = Step {
+            attentions: vec![Vec::new(); self.program.cache.len()],
+            ..Step::default()
+        };
         for part in batch {
             step.hidden = 0;
             if let Err(e) = self.part(part, want, cancel, &mut step) {
-                batch.iter().for_each(|p| self.truncate(p.sequence, self.len(p.sequence)));
+                batch
+                    .iter()
+                    .for_each(|p| self.truncate(p.sequence, self.len(p.sequence)));
                 return Err(e);
             }
         }
@@ -425,11 +595,17 @@ impl Runner for Interpreter {
 fn round_to(cache: CacheType, x: &mut [f32]) {
     match cache {
         CacheType::F32 => {}
-        CacheType::F16 => x.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
-        CacheType::BF16 => x.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32()),
+        CacheType::F16 => x
+            .iter_mut()
+            .for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
+        CacheType::BF16 => x
+            .iter_mut()
+            .for_each(|v| *v = half::bf16::from_f32(*v).to_f32()),
         CacheType::I8 => {
             let (scale, codes) = linear::quantise_block(x);
-            x.iter_mut().zip(codes).for_each(|(v, q)| *v = f32::from(q) * scale);
+            x.iter_mut()
+                .zip(codes)
+                .for_each(|(v, q)| *v = f32::from(q) * scale);
         }
     }
 }

@@ -122,7 +122,7 @@ def quantised(peers: Peers, source: Path, kind: str) -> Path:
     """`source` (GGUF) as type `kind`, written once."""
     to = source.with_name(source.name.replace("-bf16.gguf", f"-{kind}.gguf"))
     if not to.exists():
-        part = to.with_suffix(".part")
+        part = source.with_name("writing.part")  # a type in the name would be taken for the argument
         _run(peers.native / "llama-quantize", "--allow-requantize", source, part, kind)
         part.rename(to)
     return to

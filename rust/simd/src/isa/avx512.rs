@@ -1,0 +1,465 @@
+//! AVX-512 with VNNI, without and with VBMI (byte permutations).
+
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "one argument holds for all: a token exists only after `new` detected its features"
+)]
+#![allow(clippy::wildcard_imports, reason = "intrinsics")]
+
+use std::arch::x86_64::*;
+
+use crate::{Isa, LANES, Simd, SimdOp};
+
+/// AVX-512 F, BW, VL, DQ and VNNI; with `VBMI` also byte permutations.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Token<const VBMI: bool>(());
+
+/// Without VBMI: tables by `vpshufb`, ladders by multiplication.
+pub(crate) type Avx512 = Token<false>;
+/// With VBMI: tables of 64 and 128 entries in one instruction, ladders up to 4 bits by table.
+pub(crate) type Avx512Vbmi = Token<true>;
+
+/// A codebook, or codebook and ladder in one table, and the ladder itself.
+#[derive(Clone, Copy)]
+pub(crate) struct Ladder {
+    table: [__m512i; 16],
+    ladder: __m512i,
+}
+
+/// One block of 16 rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Rungs {
+    /// Ladder index above where the code goes (table), or the ladder value in 16-bit lanes (multiplication).
+    v: __m512i,
+    /// Rows in the upper half of a table of 256.
+    upper: __mmask64,
+}
+
+/// Whether codebook and ladder fit one table.
+const fn folds_by_table(vbmi: bool, bits: usize) -> bool {
+    vbmi && bits <= 4
+}
+
+impl<const VBMI: bool> Simd for Token<VBMI> {
+    type F32 = __m512;
+    type I32 = __m512i;
+    type Mask = __mmask16;
+    type Bytes = __m512i;
+    type Table = [__m512i; 16];
+    type Ladder = Ladder;
+    type Rungs = Rungs;
+    type Weights = __m512i;
+    type Acts = __m512i;
+
+    const ISA: Isa = if VBMI { Isa::Avx512Vbmi } else { Isa::Avx512 };
+    const BIAS: u8 = 0x80;
+    const WEIGHT_BYTES: usize = 64;
+    const PAIRS: bool = false;
+    const TILE: usize = 12;
+
+    fn new() -> Option<Self> {
+        let base = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        (base && (!VBMI || is_x86_feature_detected!("avx512vbmi"))).then_some(Self(()))
+    }
+
+    fn run<O: SimdOp>(self, op: O) -> O::Output {
+        #[inline(never)]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
+        fn base<S: Simd, O: SimdOp>(s: S, op: O) -> O::Output {
+            op.eval(s)
+        }
+        #[inline(never)]
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c"
+        )]
+        fn vbmi<S: Simd, O: SimdOp>(s: S, op: O) -> O::Output {
+            op.eval(s)
+        }
+        // SAFETY: the token proves the features.
+        unsafe { if VBMI { vbmi(self, op) } else { base(self, op) } }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F32 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F32 {
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn load_part(self, x: &[f32]) -> Self::F32 {
+        unsafe { _mm512_maskz_loadu_ps(self.first(x.len()), x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, v: Self::F32, to: &mut [f32; LANES]) {
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn store_part(self, v: Self::F32, to: &mut [f32]) {
+        unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), self.first(to.len()), v) }
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_f16(self, v: Self::F32, to: &mut [u16; LANES]) {
+        unsafe {
+            _mm256_storeu_si256(
+                to.as_mut_ptr().cast(),
+                _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v),
+            );
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F32 {
+        unsafe {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(
+                _mm256_loadu_si256(x.as_ptr().cast()),
+            )))
+        }
+    }
+    #[inline(always)]
+    fn store_bf16(self, v: Self::F32, to: &mut [u16; LANES]) {
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let all = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x40_0000));
+            _mm256_storeu_si256(
+                to.as_mut_ptr().cast(),
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(all)),
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::F32) -> Self::F32 {
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F32) -> Self::F32 {
+        unsafe { _mm512_abs_ps(a) }
+    }
+    #[inline(always)]
+    fn neg(self, a: Self::F32) -> Self::F32 {
+        unsafe { _mm512_xor_ps(a, _mm512_set1_ps(-0.0)) }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F32) -> Self::F32 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::F32, b: Self::F32) -> Self::Mask {
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn first(self, n: usize) -> Self::Mask {
+        ((1u32 << n.min(LANES)) - 1) as u16
+    }
+    #[inline(always)]
+    fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
+        unsafe { _mm512_mask_blend_ps(mask, b, a) }
+    }
+    #[inline(always)]
+    fn reduce_add(self, a: Self::F32) -> f32 {
+        unsafe {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(a)));
+            let e = _mm256_add_ps(_mm512_castps512_ps256(a), high);
+            let q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps::<1>(e));
+            let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+            _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)))
+        }
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Self::F32) -> f32 {
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> Self::I32 {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn load_i32(self, x: &[i32; LANES]) -> Self::I32 {
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn store_i32(self, v: Self::I32, to: &mut [i32; LANES]) {
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
+    }
+    #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::I32 {
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::I32 {
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_i8(self, v: Self::I32, to: &mut [i8; LANES]) {
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v)) }
+    }
+    #[inline(always)]
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn mul_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
+        unsafe { _mm512_mullo_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn shl_i32(self, a: Self::I32, n: u32) -> Self::I32 {
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn shr_i32(self, a: Self::I32, n: u32) -> Self::I32 {
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn reduce_add_i32(self, a: Self::I32) -> i32 {
+        unsafe { _mm512_reduce_add_epi32(a) }
+    }
+    #[inline(always)]
+    fn to_i32(self, a: Self::F32) -> Self::I32 {
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    fn to_f32(self, a: Self::I32) -> Self::F32 {
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn bits(self, a: Self::F32) -> Self::I32 {
+        unsafe { _mm512_castps_si512(a) }
+    }
+    #[inline(always)]
+    fn from_bits(self, a: Self::I32) -> Self::F32 {
+        unsafe { _mm512_castsi512_ps(a) }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, x: &[u8; 64]) -> Self::Bytes {
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn splat_bytes(self, x: u8) -> Self::Bytes {
+        unsafe { _mm512_set1_epi8(x as i8) }
+    }
+    #[inline(always)]
+    fn shr(self, v: Self::Bytes, n: u32) -> Self::Bytes {
+        unsafe { _mm512_srl_epi16(v, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn shl(self, v: Self::Bytes, n: u32) -> Self::Bytes {
+        unsafe { _mm512_sll_epi16(v, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn merge(self, mask: u8, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi8(mask as i8), a, b) }
+    }
+    #[inline(always)]
+    fn linear(self, code: Self::Bytes, add: Self::Bytes, floor: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm512_max_epu8(_mm512_add_epi8(code, add), floor) }
+    }
+    #[inline(always)]
+    fn table(self, entries: &[u8; 256]) -> Self::Table {
+        let mut table = [self.splat_bytes(0); 16];
+        for i in 0..16 {
+            table[i] = unsafe {
+                if VBMI {
+                    _mm512_loadu_si512(entries.as_ptr().add(i % 4 * 64).cast())
+                } else {
+                    _mm512_broadcast_i32x4(_mm_loadu_si128(entries.as_ptr().add(i * 16).cast()))
+                }
+            };
+        }
+        table
+    }
+    #[inline(always)]
+    fn lookup<const BITS: usize>(self, t: &Self::Table, code: Self::Bytes) -> Self::Bytes {
+        unsafe {
+            if VBMI {
+                return match BITS {
+                    ..=6 => _mm512_permutexvar_epi8(code, t[0]),
+                    7 => _mm512_permutex2var_epi8(t[0], code, t[1]),
+                    _ => lookup_256(t, code, _mm512_movepi8_mask(code)),
+                };
+            }
+            let low = _mm512_and_si512(code, _mm512_set1_epi8(15));
+            let mut v = _mm512_shuffle_epi8(t[0], low);
+            if BITS > 4 {
+                let high = _mm512_and_si512(code, _mm512_set1_epi8(((1u16 << BITS) - 16) as i8));
+                for j in 1..1 << BITS.saturating_sub(4) {
+                    let here = _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8((j << 4) as i8));
+                    v = _mm512_mask_shuffle_epi8(v, here, t[j], low);
+                }
+            }
+            v
+        }
+    }
+    #[inline(always)]
+    fn weights(self, v: Self::Bytes) -> Self::Weights {
+        v
+    }
+    #[inline(always)]
+    fn ladder<const BITS: usize>(self, codebook: &[i8; 256], ladder: &[u8; 16]) -> Self::Ladder {
+        let mut entries = [0; 256];
+        for i in 0..256 {
+            entries[i] = if folds_by_table(VBMI, BITS) {
+                let w8 = (i32::from(codebook[i % (1 << BITS)]) * i32::from(ladder[i >> BITS & 15])
+                    + 64)
+                    >> 7;
+                w8 as u8 ^ Self::BIAS
+            } else {
+                codebook[i] as u8
+            };
+        }
+        let ladder = unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(ladder.as_ptr().cast())) };
+        Ladder {
+            table: self.table(&entries),
+            ladder,
+        }
+    }
+    #[inline(always)]
+    fn rungs<const BITS: usize>(
+        self,
+        ladder: &Self::Ladder,
+        s: &[u8; 16],
+        high: bool,
+    ) -> Self::Rungs {
+        unsafe {
+            let rows = _mm512_broadcast_i32x4(_mm_loadu_si128(s.as_ptr().cast()));
+            let four_each = _mm512_set_epi32(
+                0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909,
+                0x08080808, 0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202,
+                0x01010101, 0,
+            );
+            let s = _mm512_shuffle_epi8(rows, four_each);
+            if folds_by_table(VBMI, BITS) {
+                let v = if high {
+                    self.shr(s, 4 - BITS as u32)
+                } else {
+                    self.shl(s, BITS as u32)
+                };
+                return Rungs {
+                    v,
+                    upper: if BITS == 4 { _mm512_movepi8_mask(v) } else { 0 },
+                };
+            }
+            let nibble = _mm512_and_si512(
+                if high { _mm512_srli_epi16::<4>(s) } else { s },
+                _mm512_set1_epi8(15),
+            );
+            let v = _mm512_and_si512(
+                _mm512_shuffle_epi8(ladder.ladder, nibble),
+                _mm512_set1_epi16(255),
+            );
+            Rungs { v, upper: 0 }
+        }
+    }
+    #[inline(always)]
+    fn fold<const BITS: usize>(
+        self,
+        ladder: &Self::Ladder,
+        rungs: &Self::Rungs,
+        code: Self::Bytes,
+    ) -> Self::Weights {
+        unsafe {
+            if folds_by_table(VBMI, BITS) {
+                let t = &ladder.table;
+                let index = self.merge(((1u16 << BITS) - 1) as u8, code, rungs.v);
+                return match BITS {
+                    2 => _mm512_permutexvar_epi8(index, t[0]),
+                    3 => _mm512_permutex2var_epi8(t[0], index, t[1]),
+                    _ => lookup_256(t, index, rungs.upper),
+                };
+            }
+            // vpmulhrsw of (value << 8) and the ladder value is the definition, for even and odd bytes apart.
+            let value = self.lookup::<BITS>(&ladder.table, code);
+            let even = _mm512_mulhrs_epi16(_mm512_slli_epi16::<8>(value), rungs.v);
+            let odd =
+                _mm512_mulhrs_epi16(_mm512_and_si512(value, _mm512_set1_epi16(-256)), rungs.v);
+            let w8 = _mm512_ternarylogic_epi32::<0xca>(
+                _mm512_set1_epi16(255),
+                even,
+                _mm512_slli_epi16::<8>(odd),
+            );
+            _mm512_xor_si512(w8, _mm512_set1_epi8(-128))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_weights(self, w: Self::Weights, to: *mut u8) {
+        unsafe { _mm512_store_si512(to.cast(), w) }
+    }
+    #[inline(always)]
+    unsafe fn load_weights(self, from: *const u8) -> Self::Weights {
+        unsafe { _mm512_load_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn acts(self, a: *const u8) -> Self::Acts {
+        unsafe { _mm512_set1_epi32(a.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32 {
+        unsafe { _mm512_dpbusd_epi32(acc, w, a) }
+    }
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Two tables of 128; `upper` says which bytes want the second.
+#[inline(always)]
+fn lookup_256(t: &[__m512i; 16], index: __m512i, upper: __mmask64) -> __m512i {
+    // SAFETY: called with VBMI only.
+    unsafe {
+        let low = _mm512_permutex2var_epi8(t[0], index, t[1]);
+        let high = _mm512_permutex2var_epi8(t[2], index, t[3]);
+        _mm512_mask_blend_epi8(upper, low, high)
+    }
+}

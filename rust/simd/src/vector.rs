@@ -1,0 +1,203 @@
+//! The vector trait: what an instruction set must be able to do.
+//!
+//! Vectors are 64 bytes on every instruction set: one AVX-512 register, two of AVX2, four of NEON, an array in the scalar
+//! definition. A generic algorithm is therefore written once, and "lane" means the same everywhere.
+
+use crate::{Isa, SimdOp};
+
+/// Lanes of an f32 or i32 vector.
+pub const LANES: usize = 16;
+
+/// An instruction set. A value of the type exists only where the processor has the instructions, so holding one is the
+/// proof that every method may run; methods are meant to be inlined into a [`Simd::run`] shell.
+///
+/// Float operations round as IEEE binary32 does; `max(a, b)` is `if a > b { a } else { b }` and `min` likewise, so that
+/// even NaN gives the same bits on every path.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// 16 f32.
+    type F32: Copy;
+    /// 16 i32 (wrapping).
+    type I32: Copy;
+    /// 16 truth values.
+    type Mask: Copy;
+    /// 64 bytes: a code vector, 16 rows of 4 inputs.
+    type Bytes: Copy;
+    /// Up to 256 bytes to look up in.
+    type Table: Copy;
+    /// Codebook and ladder, ready for [`Simd::fold`].
+    type Ladder: Copy;
+    /// Ladder values of the 16 rows in one block.
+    type Rungs: Copy;
+    /// A decoded code vector as [`Simd::dot`] wants it.
+    type Weights: Copy;
+    /// Four activations as [`Simd::dot`] wants them.
+    type Acts: Copy;
+
+    /// Which instruction set this is.
+    const ISA: Isa;
+    /// What is xored into weights and table entries: 0x80 where the dot product takes an unsigned side (the accumulator then starts
+    /// at -128 times the sum of the activations), else 0.
+    const BIAS: u8;
+    /// Bytes of a [`Simd::Weights`] in memory.
+    const WEIGHT_BYTES: usize;
+    /// True when activations are stored as i16 in the order 0, 2, 1, 3 of each four, false for i8 in order.
+    const PAIRS: bool;
+    /// Tokens of a matrix-matrix tile.
+    const TILE: usize;
+
+    /// The token, if this processor has the instructions.
+    fn new() -> Option<Self>;
+
+    /// Runs `op` in a function compiled for this instruction set.
+    fn run<O: SimdOp>(self, op: O) -> O::Output;
+
+    // ---- f32: moves
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F32;
+    /// Lanes from memory.
+    fn load(self, x: &[f32; LANES]) -> Self::F32;
+    /// The first `x.len()` (at most 16) lanes from memory, the others +0.
+    fn load_part(self, x: &[f32]) -> Self::F32;
+    /// Lanes to memory.
+    fn store(self, v: Self::F32, to: &mut [f32; LANES]);
+    /// The first `to.len()` (at most 16) lanes to memory.
+    fn store_part(self, v: Self::F32, to: &mut [f32]);
+    /// From half precision (bits), exactly.
+    fn load_f16(self, x: &[u16; LANES]) -> Self::F32;
+    /// To half precision, ties to even.
+    fn store_f16(self, v: Self::F32, to: &mut [u16; LANES]);
+    /// From bfloat16 (bits), exactly.
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F32;
+    /// To bfloat16, ties to even; NaN stays NaN.
+    fn store_bf16(self, v: Self::F32, to: &mut [u16; LANES]);
+
+    // ---- f32: arithmetic
+
+    /// `a + b`.
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a - b`.
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b`.
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a / b`.
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// Square root.
+    fn sqrt(self, a: Self::F32) -> Self::F32;
+    /// `if a > b { a } else { b }`.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `if a < b { a } else { b }`.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Absolute value.
+    fn abs(self, a: Self::F32) -> Self::F32;
+    /// `-a`.
+    fn neg(self, a: Self::F32) -> Self::F32;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::F32) -> Self::F32;
+    /// `a < b`.
+    fn lt(self, a: Self::F32, b: Self::F32) -> Self::Mask;
+    /// The first `n` lanes.
+    fn first(self, n: usize) -> Self::Mask;
+    /// `if mask { a } else { b }`.
+    fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Sum by halves: lane i + lane i+8, then +4, +2, +1.
+    fn reduce_add(self, a: Self::F32) -> f32;
+    /// Largest lane (of numbers).
+    fn reduce_max(self, a: Self::F32) -> f32;
+
+    // ---- i32
+
+    /// All lanes `x`.
+    fn splat_i32(self, x: i32) -> Self::I32;
+    /// Lanes from memory.
+    fn load_i32(self, x: &[i32; LANES]) -> Self::I32;
+    /// Lanes to memory.
+    fn store_i32(self, v: Self::I32, to: &mut [i32; LANES]);
+    /// From unsigned bytes.
+    fn load_u8(self, x: &[u8; LANES]) -> Self::I32;
+    /// From signed bytes.
+    fn load_i8(self, x: &[i8; LANES]) -> Self::I32;
+    /// The low byte of each lane.
+    fn store_i8(self, v: Self::I32, to: &mut [i8; LANES]);
+    /// `a + b`.
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a - b`.
+    fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a * b`.
+    fn mul_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a & b`.
+    fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a << n`.
+    fn shl_i32(self, a: Self::I32, n: u32) -> Self::I32;
+    /// `a >> n`, filled with zeros.
+    fn shr_i32(self, a: Self::I32, n: u32) -> Self::I32;
+    /// Sum of the lanes.
+    fn reduce_add_i32(self, a: Self::I32) -> i32;
+    /// Nearest integer, ties to even, of values within i32.
+    fn to_i32(self, a: Self::F32) -> Self::I32;
+    /// Nearest f32, ties to even.
+    fn to_f32(self, a: Self::I32) -> Self::F32;
+    /// The bits of floats.
+    fn bits(self, a: Self::F32) -> Self::I32;
+    /// Floats of bits.
+    fn from_bits(self, a: Self::I32) -> Self::F32;
+
+    // ---- codes
+
+    /// 64 bytes from memory.
+    fn load_bytes(self, x: &[u8; 64]) -> Self::Bytes;
+    /// All bytes `x`.
+    fn splat_bytes(self, x: u8) -> Self::Bytes;
+    /// Every 16-bit pair of bytes shifted right (the low byte gets bits of the high one: mask or ignore them).
+    fn shr(self, v: Self::Bytes, n: u32) -> Self::Bytes;
+    /// Every 16-bit pair of bytes shifted left.
+    fn shl(self, v: Self::Bytes, n: u32) -> Self::Bytes;
+    /// Bits of `a` where `mask` has ones, of `b` elsewhere.
+    fn merge(self, mask: u8, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// `max(code + add, floor)` in wrapping bytes, where all three are xored with [`Simd::BIAS`] and compare as that says.
+    fn linear(self, code: Self::Bytes, add: Self::Bytes, floor: Self::Bytes) -> Self::Bytes;
+    /// A table of 256 entries; shorter ones repeat.
+    fn table(self, entries: &[u8; 256]) -> Self::Table;
+    /// `table[code mod 2^BITS]` of each byte; higher bits of the code are ignored.
+    fn lookup<const BITS: usize>(self, table: &Self::Table, code: Self::Bytes) -> Self::Bytes;
+    /// Bytes that are weights xored with [`Simd::BIAS`], as the dot product wants them.
+    fn weights(self, v: Self::Bytes) -> Self::Weights;
+    /// Codebook (2^BITS entries, repeated to 256) and ladder.
+    fn ladder<const BITS: usize>(self, codebook: &[i8; 256], ladder: &[u8; 16]) -> Self::Ladder;
+    /// Ladder indices of 16 rows: the low or the high nibbles.
+    fn rungs<const BITS: usize>(
+        self,
+        ladder: &Self::Ladder,
+        s: &[u8; 16],
+        high: bool,
+    ) -> Self::Rungs;
+    /// `(codebook[code] * ladder[s] + 64) >> 7` of each byte; bits of the code above BITS are ignored.
+    fn fold<const BITS: usize>(
+        self,
+        ladder: &Self::Ladder,
+        rungs: &Self::Rungs,
+        code: Self::Bytes,
+    ) -> Self::Weights;
+    /// Weights to memory.
+    ///
+    /// # Safety
+    /// `to` is good for [`Simd::WEIGHT_BYTES`] bytes and 64-byte aligned.
+    unsafe fn store_weights(self, w: Self::Weights, to: *mut u8);
+    /// Weights from memory.
+    ///
+    /// # Safety
+    /// `from` is good for [`Simd::WEIGHT_BYTES`] bytes and 64-byte aligned.
+    unsafe fn load_weights(self, from: *const u8) -> Self::Weights;
+    /// Four activations for all rows.
+    ///
+    /// # Safety
+    /// `a` is good for 4 bytes, or 8 with [`Simd::PAIRS`].
+    unsafe fn acts(self, a: *const u8) -> Self::Acts;
+    /// Adds, per row, the exact dot product of its four weights and the four activations. Weights count as unsigned under
+    /// [`Simd::BIAS`].
+    fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32;
+    /// Asks for a cache line.
+    fn prefetch(self, at: *const u8);
+}

@@ -1,0 +1,336 @@
+//! Every operation of every instruction set against the scalar definition, compared as bits.
+
+#![allow(unsafe_code, reason = "weights and activations pass through memory")]
+
+use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch, half, math};
+
+/// A repeatable stream of numbers (xorshift).
+struct Random(u64);
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    /// Floats of all magnitudes, with special values among them.
+    fn float(&mut self) -> f32 {
+        const SPECIAL: [f32; 8] = [
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            1e-40,
+            65520.0,
+            0.5,
+        ];
+        match self.next() % 8 {
+            0 => SPECIAL[self.next() as usize % 8],
+            1 => f32::from_bits(self.next() as u32),
+            _ => (self.next() as i32) as f32 / 2f32.powi((self.next() % 40) as i32),
+        }
+    }
+}
+
+/// NaN counts as one value: which operand's payload survives is not part of the contract.
+fn bits(x: f32) -> u32 {
+    if x.is_nan() { 0x7fc0_0000 } else { x.to_bits() }
+}
+
+/// All float and i32 operations on one set of inputs.
+struct Floats<'a> {
+    a: &'a [f32; LANES],
+    b: &'a [f32; LANES],
+    c: &'a [f32; LANES],
+    n: usize,
+}
+
+impl SimdOp for Floats<'_> {
+    type Output = Vec<u32>;
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> Vec<u32> {
+        let mut all = Vec::new();
+        let (a, b, c) = (s.load(self.a), s.load(self.b), s.load(self.c));
+        macro_rules! floats { ($($v:expr),* $(,)?) => { $({
+            let mut out = [f32::NAN; LANES];
+            s.store($v, &mut out);
+            all.extend(out.map(bits));
+        })* } }
+        floats![
+            s.add(a, b),
+            s.sub(a, b),
+            s.mul(a, b),
+            s.div(a, b),
+            s.fma(a, b, c),
+            s.sqrt(a),
+            s.max(a, b),
+            s.min(a, b),
+            s.abs(a),
+            s.neg(a),
+            s.round(a),
+            s.select(s.lt(a, b), a, c),
+            s.select(s.first(self.n), a, c),
+            s.load_part(&self.a[..self.n]),
+            math::exp(s, a),
+            math::sigmoid(s, a),
+            math::silu(s, a),
+            math::quick_gelu(s, a),
+            math::tanh(s, a),
+            math::erf(s, a),
+            math::gelu(s, a),
+            math::gelu_tanh(s, a),
+        ];
+        let mut part = vec![0.0; self.n];
+        s.store_part(a, &mut part);
+        all.extend(part.iter().map(|&x| bits(x)));
+        let mut h = [0u16; LANES];
+        s.store_f16(a, &mut h);
+        all.extend(h.map(u32::from));
+        floats![s.load_f16(&h)];
+        s.store_bf16(b, &mut h);
+        all.extend(h.map(u32::from));
+        floats![s.load_bf16(&h)];
+        let small = s.to_i32(s.mul(s.min(s.max(a, s.splat(-1.0)), s.splat(1.0)), s.splat(127.0)));
+        let (x, y) = (s.bits(b), s.bits(c));
+        for v in [
+            small,
+            s.add_i32(x, y),
+            s.sub_i32(x, y),
+            s.mul_i32(x, y),
+            s.and_i32(x, y),
+            s.shl_i32(x, 7),
+            s.shr_i32(x, 7),
+        ] {
+            let mut out = [0; LANES];
+            s.store_i32(v, &mut out);
+            all.extend(out.map(|i| i as u32));
+        }
+        let mut i8s = [0i8; LANES];
+        s.store_i8(small, &mut i8s);
+        all.extend(i8s.map(|i| i as u32));
+        floats![
+            s.to_f32(s.load_i8(&i8s)),
+            s.to_f32(s.load_u8(&i8s.map(|i| i as u8))),
+            s.to_f32(x)
+        ];
+        all.push(s.reduce_add_i32(x) as u32);
+        all.push(bits(s.reduce_add(s.mul(s.to_f32(small), s.splat(0.1)))));
+        all.push(bits(s.reduce_max(s.to_f32(small))));
+        all
+    }
+}
+
+/// Decoding and dot products at one width, over random bytes. Gives the weights' dot products with unit activations.
+struct Codes<'a> {
+    codes: &'a [u8; 64],
+    book: &'a [i8; 256],
+    ladder: &'a [u8; 16],
+    s: &'a [u8; 16],
+    acts: [i8; 4],
+    bits: usize,
+}
+
+impl SimdOp for Codes<'_> {
+    type Output = Vec<i32>;
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> Vec<i32> {
+        match self.bits {
+            2 => self.at::<S, 2>(s),
+            3 => self.at::<S, 3>(s),
+            4 => self.at::<S, 4>(s),
+            5 => self.at::<S, 5>(s),
+            6 => self.at::<S, 6>(s),
+            7 => self.at::<S, 7>(s),
+            _ => self.at::<S, 8>(s),
+        }
+    }
+}
+
+impl Codes<'_> {
+    #[inline(always)]
+    fn at<S: Simd, const BITS: usize>(self, s: S) -> Vec<i32> {
+        #[repr(align(64))]
+        struct Line([u8; 128]);
+        let codes = s.load_bytes(self.codes);
+        let mut biased = [0u8; 256];
+        for i in 0..256 {
+            biased[i] = self.book[i] as u8 ^ S::BIAS;
+        }
+        let table = s.table(&biased);
+        let ladder = s.ladder::<BITS>(self.book, self.ladder);
+        let masked = s.merge(((1u16 << BITS) - 1) as u8, codes, s.splat_bytes(0));
+        let minus = s.splat_bytes((1u8 << (BITS - 1)).wrapping_neg() ^ S::BIAS);
+        let all = [
+            s.weights(s.lookup::<BITS>(&table, codes)),
+            s.fold::<BITS>(&ladder, &s.rungs::<BITS>(&ladder, self.s, false), codes),
+            s.fold::<BITS>(&ladder, &s.rungs::<BITS>(&ladder, self.s, true), codes),
+            s.weights(s.linear(masked, minus, s.splat_bytes(0x81 ^ S::BIAS))),
+            s.weights(s.lookup::<BITS>(&table, s.shr(codes, 3))),
+            s.weights(s.lookup::<BITS>(&table, s.shl(codes, 2))),
+        ];
+        let a = self.acts;
+        let mut bytes = [0u8; 8];
+        for (i, j) in [0, 2, 1, 3].into_iter().enumerate() {
+            if S::PAIRS {
+                bytes[2 * i..2 * i + 2].copy_from_slice(&i16::from(a[j]).to_le_bytes());
+            } else {
+                bytes[i] = a[i] as u8;
+            }
+        }
+        let sum: i32 = a.iter().map(|&x| i32::from(x)).sum();
+        let start = s.splat_i32(if S::BIAS == 0 { 0 } else { -128 * sum });
+        let mut out = Vec::new();
+        for w in all {
+            let mut line = Line([0; 128]);
+            // SAFETY: the line is aligned and holds the largest kind of weights; there are 8 bytes of activations.
+            let dot = unsafe {
+                s.store_weights(w, line.0.as_mut_ptr());
+                s.dot(
+                    start,
+                    s.load_weights(line.0.as_ptr()),
+                    s.acts(bytes.as_ptr()),
+                )
+            };
+            let mut lanes = [0; LANES];
+            s.store_i32(dot, &mut lanes);
+            out.extend(lanes);
+        }
+        out
+    }
+}
+
+#[test]
+fn floats_equal_the_scalar_definition() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for round in 0..4000 {
+        let mut input = || std::array::from_fn::<f32, LANES, _>(|_| random.float());
+        let (a, b, c) = (input(), input(), input());
+        let op = |isa| {
+            dispatch(
+                isa,
+                Floats {
+                    a: &a,
+                    b: &b,
+                    c: &c,
+                    n: round % 17,
+                },
+            )
+        };
+        let want = op(Isa::Scalar);
+        for isa in Isa::available() {
+            let got = op(isa);
+            for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+                assert_eq!(
+                    g, w,
+                    "{isa}: value {i}: {g:x} for {w:x}; a {a:?} b {b:?} c {c:?}"
+                );
+            }
+            assert_eq!(got.len(), want.len());
+        }
+    }
+}
+
+#[test]
+fn codes_equal_the_scalar_definition() {
+    let mut random = Random(0x0123_4567_89ab_cdef);
+    for round in 0..3000 {
+        let codes: [u8; 64] = std::array::from_fn(|_| random.next() as u8);
+        let bits = 2 + round % 7;
+        let entry: [i8; 256] = std::array::from_fn(|_| (random.next() % 255) as i8);
+        let book = std::array::from_fn(|i| entry[i % (1 << bits)].max(-127));
+        let ladder = std::array::from_fn(|_| (random.next() % 129) as u8);
+        let s = std::array::from_fn(|_| random.next() as u8);
+        let acts = std::array::from_fn(|_| ((random.next() % 255) as i32 - 127) as i8);
+        let op = |isa| {
+            dispatch(
+                isa,
+                Codes {
+                    codes: &codes,
+                    book: &book,
+                    ladder: &ladder,
+                    s: &s,
+                    acts,
+                    bits,
+                },
+            )
+        };
+        let want = op(Isa::Scalar);
+        for isa in Isa::available() {
+            assert_eq!(op(isa), want, "{isa} at {bits} bits");
+        }
+    }
+}
+
+#[test]
+fn halves_round_trip_and_round_to_even() {
+    for bits in 0..=u16::MAX {
+        let (h, b) = (half::f16_to_f32(bits), half::bf16_to_f32(bits));
+        assert!(h.is_nan() || half::f32_to_f16(h) == bits, "{bits:x}");
+        assert!(b.is_nan() || half::f32_to_bf16(b) == bits, "{bits:x}");
+    }
+    assert_eq!(half::f32_to_f16(2049.0), half::f32_to_f16(2048.0));
+    assert_eq!(half::f32_to_f16(65519.9), 0x7bff);
+    assert_eq!(half::f32_to_f16(65520.0), 0x7c00);
+}
+
+/// `f` of 16 numbers on one instruction set.
+struct Math<'a>(&'a [f32; LANES], usize);
+impl SimdOp for Math<'_> {
+    type Output = [f32; LANES];
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> [f32; LANES] {
+        let x = s.load(self.0);
+        let mut out = [0.0; LANES];
+        let y = match self.1 {
+            0 => math::exp(s, x),
+            1 => math::tanh(s, x),
+            2 => math::erf(s, x),
+            _ => math::sigmoid(s, x),
+        };
+        s.store(y, &mut out);
+        out
+    }
+}
+
+/// The error function by its Taylor series in f64.
+fn erf(x: f64) -> f64 {
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    if x.abs() > 4.0 {
+        x.signum()
+    } else {
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    }
+}
+
+#[test]
+fn element_functions_are_near_the_true_ones() {
+    // exp and sigmoid: error relative to the value; tanh and erf: absolute error.
+    for (which, bound) in [(0, 2.5e-7), (1, 2.5e-7), (2, 3e-7), (3, 2.5e-7)] {
+        let mut worst = (0.0f64, 0.0f32);
+        for i in 0..200_000 {
+            let x = std::array::from_fn(|l| {
+                ((i * LANES + l) as f32 - 1.6e6) * if which == 0 { 5.4e-5 } else { 6e-6 }
+            });
+            let y = dispatch(Isa::Scalar, Math(&x, which));
+            for l in 0..LANES {
+                let (t, got) = (f64::from(x[l]), f64::from(y[l]));
+                let error = match which {
+                    0 => (got / t.exp() - 1.0).abs(),
+                    1 => (got - t.tanh()).abs(),
+                    2 => (got - erf(t)).abs(),
+                    _ => (got * (1.0 + (-t).exp()) - 1.0).abs(),
+                };
+                if error > worst.0 {
+                    worst = (error, x[l]);
+                }
+            }
+        }
+        println!("function {which}: error {:.2e} at {}", worst.0, worst.1);
+        assert!(worst.0 < bound, "function {which}: error {worst:?}");
+    }
+}

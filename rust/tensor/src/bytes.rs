@@ -10,7 +10,13 @@ use crate::{Error, Result};
 pub struct Bytes {
     at: NonNull<u8>,
     len: usize,
-    layout: Layout,
+    owner: Owner,
+}
+
+enum Owner {
+    Allocated(Layout),
+    /// Pages of a file; unmapped when dropped.
+    Mapped(#[allow(dead_code, reason = "held for its Drop")] memmap2::MmapMut),
 }
 
 #[allow(unsafe_code, reason = "the one allocation of the crate: aligned and fallible")]
@@ -25,7 +31,20 @@ impl Bytes {
         let layout = Layout::from_size_align(len.max(1), align).map_err(|_| refuse())?;
         // SAFETY: the layout has a size of at least 1.
         let at = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(refuse)?;
-        Ok(Self { at, len, layout })
+        Ok(Self { at, len, owner: Owner::Allocated(layout) })
+    }
+
+    /// The pages of a file, shared with other processes until written to (writes stay private).
+    ///
+    /// # Errors
+    /// What the system says when it cannot map the file.
+    pub fn map(file: &std::fs::File) -> std::io::Result<Self> {
+        // SAFETY: a private copy-on-write mapping. That the file may shrink under it, which ends the process, is what
+        // `TensorFile::open_mapped` tells its callers; the default is to copy.
+        let mut map = unsafe { memmap2::MmapOptions::new().map_copy(file)? };
+        // An empty map dangles, but is never read.
+        let at = NonNull::new(map.as_mut_ptr()).ok_or(std::io::ErrorKind::InvalidInput)?;
+        Ok(Self { at, len: map.len(), owner: Owner::Mapped(map) })
     }
 
     /// A copy of `data`.
@@ -42,8 +61,10 @@ impl Bytes {
 #[allow(unsafe_code, reason = "see Bytes::zeroed")]
 impl Drop for Bytes {
     fn drop(&mut self) {
-        // SAFETY: `at` was allocated with exactly this layout and is freed once.
-        unsafe { std::alloc::dealloc(self.at.as_ptr(), self.layout) }
+        if let Owner::Allocated(layout) = self.owner {
+            // SAFETY: `at` was allocated with exactly this layout and is freed once.
+            unsafe { std::alloc::dealloc(self.at.as_ptr(), layout) }
+        }
     }
 }
 

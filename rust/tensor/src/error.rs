@@ -1,7 +1,7 @@
 //! The one error type. A message is a sentence that names both sides: what was wanted and what was found.
 
 /// Result of everything in kbit that can fail.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What can go wrong. Each variant is one Python exception (see `rust/python/src/error.rs`).
 #[derive(Debug, thiserror::Error)]

@@ -32,6 +32,19 @@ impl Tensor {
         Ok(Self { dtype, shape: shape.to_vec(), bytes, offset: 0 })
     }
 
+    /// An array over the part of `bytes` that starts at `offset`.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when fewer bytes follow than shape and dtype want.
+    pub fn shared(dtype: DType, shape: &[usize], bytes: Arc<Bytes>, offset: usize) -> Result<Self> {
+        let wanted = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
+        let there = bytes.len().saturating_sub(offset);
+        if offset > bytes.len() || wanted.is_none_or(|n| n > there) {
+            return Err(Error::Format(format!("tensor: shape {shape:?} of {} at byte {offset} of {}", dtype.name(), bytes.len())));
+        }
+        Ok(Self { dtype, shape: shape.to_vec(), bytes, offset })
+    }
+
     /// An f32 array of the given values.
     ///
     /// # Errors
@@ -93,37 +106,9 @@ impl Tensor {
 
     /// Every element as f32, exactly for f32, f16, bf16, fp8 and integers up to 24 bits, rounded for f64 and larger integers.
     pub fn to_f32(&self) -> Vec<f32> {
-        let b = self.bytes();
-        fn each<const N: usize>(b: &[u8], f: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-            b.chunks_exact(N).map(|c| f(c.try_into().expect("chunks_exact gives N bytes"))).collect()
-        }
-        match self.dtype {
-            DType::F32 => each(b, f32::from_le_bytes),
-            DType::F64 => each(b, |c| f64::from_le_bytes(c) as f32),
-            DType::F16 => each(b, |c| half::f16::from_le_bytes(c).to_f32()),
-            DType::BF16 => each(b, |c| half::bf16::from_le_bytes(c).to_f32()),
-            DType::F8E4M3 => each(b, |[c]| f8_e4m3(c)),
-            DType::F8E5M2 => each(b, |[c]| half::f16::from_bits(u16::from(c) << 8).to_f32()),
-            DType::I8 => each(b, |c| i8::from_le_bytes(c) as f32),
-            DType::U8 | DType::Bool => each(b, |[c]| c as f32),
-            DType::I16 => each(b, |c| i16::from_le_bytes(c) as f32),
-            DType::U16 => each(b, |c| u16::from_le_bytes(c) as f32),
-            DType::I32 => each(b, |c| i32::from_le_bytes(c) as f32),
-            DType::U32 => each(b, |c| u32::from_le_bytes(c) as f32),
-            DType::I64 => each(b, |c| i64::from_le_bytes(c) as f32),
-            DType::U64 => each(b, |c| u64::from_le_bytes(c) as f32),
-        }
-    }
-}
-
-/// FP8 E4M3 (OCP "FN"): no infinities, 0x7f and 0xff are NaN.
-fn f8_e4m3(bits: u8) -> f32 {
-    let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
-    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
-    match (exponent, bits & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => sign * mantissa * (2f32).powi(-9),
-        _ => sign * (1.0 + mantissa / 8.0) * (2f32).powi(exponent - 7),
+        let mut out = vec![0.0; self.len()];
+        self.dtype.decode(self.bytes(), &mut out);
+        out
     }
 }
 

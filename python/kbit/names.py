@@ -1,4 +1,4 @@
-"""From the tensor names of a checkpoint to canonical names (docs/adding.md), with the transforms on the way.
+"""From the tensor names of a checkpoint to canonical names (docs/adding.md), with transforms.
 
 A name map is data: checkpoint patterns to canonical patterns, `{i}` a layer and `{e}` an expert. A
 pattern names a tensor, or a module whose `.weight` and `.bias` are carried over. Where a tensor
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -107,50 +108,64 @@ def up_of_pairs(place: Place) -> tuple[Transform, ...]:
 def fused_qkv(prefix: str, *first: Step) -> tuple[To, ...]:
     """q, k and v rows below each other, after the steps `first`."""
 
-    def rows(part: int) -> Step:
-        def step(place: Place) -> tuple[Transform, ...]:
-            q = place.spec.num_attention_heads * place.spec.head_dim
-            kv = place.spec.num_key_value_heads * place.spec.head_dim
-            ends = (0, q, q + kv, q + 2 * kv)
-            return (("rows", ends[part], ends[part + 1]),)
+    def rows(place: Place, part: int) -> tuple[Transform, ...]:
+        q = place.spec.num_attention_heads * place.spec.head_dim
+        kv = place.spec.num_key_value_heads * place.spec.head_dim
+        ends = (0, q, q + kv, q + 2 * kv)
+        return (("rows", ends[part], ends[part + 1]),)
 
-        return step
-
-    return tuple(To(f"{prefix}.{name}", (*first, rows(part))) for part, name in enumerate("qkv"))
+    names = [f"{prefix}.{x}" for x in "qkv"]
+    return tuple(To(name, (*first, partial(rows, part=i))) for i, name in enumerate(names))
 
 
 def fused_heads(prefix: str) -> tuple[To, ...]:
     """q, k and v rows below each other within every head (GPT-NeoX, BLOOM)."""
 
-    def rows(part: int) -> Step:
-        def step(place: Place) -> tuple[Transform, ...]:
-            heads, dim = place.spec.num_attention_heads, place.spec.head_dim
-            width = dim if place.is_bias else dim * place.spec.hidden_size
-            shape = (heads * dim,) if place.is_bias else (heads * dim, place.spec.hidden_size)
-            return (
-                ("reshape", heads, 3 * width),
-                ("transpose",),
-                ("rows", part * width, (part + 1) * width),
-                ("transpose",),
-                ("reshape", *shape),
-            )
+    def rows(place: Place, part: int) -> tuple[Transform, ...]:
+        heads, dim = place.spec.num_attention_heads, place.spec.head_dim
+        columns = () if place.is_bias else (place.spec.hidden_size,)
+        width = dim * (columns[0] if columns else 1)
+        return (
+            ("reshape", heads, 3 * width),
+            ("transpose",),
+            ("rows", part * width, (part + 1) * width),
+            ("transpose",),
+            ("reshape", heads * dim, *columns),
+        )
 
-        return step
-
-    return tuple(To(f"{prefix}.{name}", (rows(part),)) for part, name in enumerate("qkv"))
+    return tuple(To(f"{prefix}.{x}", (partial(rows, part=i),)) for i, x in enumerate("qkv"))
 
 
 def fused_gate_up(prefix: str) -> tuple[To, ...]:
     """Gate rows above up rows."""
 
-    def rows(part: int) -> Step:
-        def step(place: Place) -> tuple[Transform, ...]:
-            width = place.spec.intermediate_size
-            return (("rows", part * width, (part + 1) * width),)
+    def rows(place: Place, part: int) -> tuple[Transform, ...]:
+        width = place.spec.intermediate_size
+        return (("rows", part * width, (part + 1) * width),)
 
-        return step
+    names = [f"{prefix}.{x}" for x in ("gate", "up")]
+    return tuple(To(name, (partial(rows, part=i),)) for i, name in enumerate(names))
 
-    return tuple(To(f"{prefix}.{name}", (rows(part),)) for part, name in enumerate(("gate", "up")))
+
+def experts_gate_up(prefix: str) -> tuple[To, ...]:
+    """All experts stacked, each with gate rows above up rows."""
+
+    def rows(place: Place, part: int) -> tuple[Transform, ...]:
+        width = _expert_width(place.spec)
+        return (("select", place.expert), ("rows", part * width, (part + 1) * width))
+
+    names = [f"{prefix}.{x}.weight" for x in ("gate", "up")]
+    return tuple(To(name, (partial(rows, part=i),)) for i, name in enumerate(names))
+
+
+def steps_on(names: Mapping[str, Target], word: str, *steps: Step) -> dict[str, Target]:
+    """`names` with steps after those of every target that has `word` in its name."""
+    return {
+        pattern: tuple(
+            replace(t, steps=(*t.steps, *steps)) if word in t.name else t for t in targets(value)
+        )
+        for pattern, value in names.items()
+    }
 
 
 def _expert_width(spec: ModelSpec) -> int:
@@ -196,7 +211,7 @@ def resolve(
         tied: Whether the head is the embedding; None: if there is no tensor for it.
 
     Raises:
-        ModelFormatError: A tensor has no place, or a place has no tensor; the sentence names both sides.
+        ModelFormatError: A tensor has no place, or a place no tensor; the sentence names both.
     """
     table = _Table(names)
     sources: dict[str, Source] = {}
@@ -254,7 +269,7 @@ def _missing(
                     target.name, names, tied
                 )
                 places = _expand(canonical, {}, spec)
-                # Optional things are all there or all absent: a bias in one layer demands it in every layer.
+                # Optional things are all there or all absent: a bias in one layer asks for all.
                 if not needed and not any(
                     name in sources for name, _ in _expand(canonical, {}, spec)
                 ):
@@ -276,7 +291,7 @@ def targets(value: Target) -> tuple[To, ...]:
 
 
 def _expand(name: str, values: Mapping[str, int], spec: ModelSpec) -> Iterator[tuple[str, int]]:
-    """(canonical name, expert) for all layers and experts that `values` leaves open and the model has."""
+    """Canonical names with their expert, for all layers and experts that `values` leaves open."""
     is_mlp, is_expert = ".mlp." in name, ".mlp.experts." in name or ".mlp.router" in name
     count = len(spec.layers) if "{i}" in name else 1
     experts = spec.moe.num_experts if spec.moe and "{e}" in name else 1
@@ -294,7 +309,7 @@ def _range(value: int | None, count: int) -> Iterable[int]:
 
 
 class _Table:
-    """Patterns by their shape, so that a name is found in one step however many tensors there are."""
+    """Patterns by their shape, so that finding a name takes one step."""
 
     _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])", re.ASCII)
     _HOLE = re.compile(r"\{[a-z]\}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from kbit._core import ModelFormatError, TensorFile, UnsupportedModelError
+from kbit.config import Config
 from kbit.names import NameMap, Target, To, fused_qkv, rope_halves, select_expert, targets, to
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -103,11 +104,15 @@ class Gguf:
     names: Mapping[str, Target] = field(default_factory=dict[str, Target])
     """Tensor patterns that mean something else here."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Keys of `config.json` that the metadata do not have and llama.cpp takes for granted."""
+    """Keys of `config.json` that llama.cpp takes for granted."""
+    scaling: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The same of `rope_parameters`, where the rope is scaled."""
+    wide_scale_layers: int | None = None
+    """Depth of the one Gemma whose q . k is scaled by hidden_size / heads, not by head_dim."""
 
 
 def gguf_names(gguf: Gguf, names: NameMap) -> NameMap:
-    """The name map of an architecture's GGUF files: the shared table as far as the architecture goes."""
+    """The name map of its GGUF files: the shared table as far as the architecture goes."""
     known = {target.name for value in names.names.values() for target in targets(value)}
     stems = known | {name.removesuffix(".weight").removesuffix(".bias") for name in known}
     found: dict[str, Target] = {}
@@ -118,7 +123,7 @@ def gguf_names(gguf: Gguf, names: NameMap) -> NameMap:
 
 
 def _halved(target: To) -> To:
-    """q and k with their rotated pairs as halves."""
+    """Rows of q and k with their rotated pairs as halves."""
     rotated = target.name.endswith((".attn.q", ".attn.k"))
     return replace(target, steps=(*target.steps, rope_halves)) if rotated else target
 
@@ -154,9 +159,19 @@ def gguf_config(gguf: Gguf, files: Sequence[TensorFile]) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"GGUF: values of {width} elements, keys of {config['head_dim']}"
         )
+    # Keys at which llama.cpp's absence is Hugging Face's null.
+    config = {"sliding_window": None, **config}
+    if gguf.wide_scale_layers:
+        config["query_pre_attn_scalar"] = config.get("head_dim")
+        if config.get("num_hidden_layers") == gguf.wide_scale_layers:
+            view = Config(config)
+            share = view.integer("hidden_size") / view.integer("num_attention_heads")
+            config["query_pre_attn_scalar"] = share
     config["vocab_size"] = _rows(files, "token_embd.weight")
     rope = _rope(config, value, files)
-    return config | ({"rope_scaling": rope} if rope else {}) | dict(gguf.config)
+    if rope:
+        config["rope_scaling"] = rope | dict(gguf.scaling)
+    return config | dict(gguf.config)
 
 
 def _rope(config: dict[str, Any], value: Any, files: Sequence[TensorFile]) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def _rope(config: dict[str, Any], value: Any, files: Sequence[TensorFile]) -> di
         scaling.pop("beta_fast", None), scaling.pop("beta_slow", None)
         return {**scaling, "rope_type": "longrope", "short_factor": short, "long_factor": long}
     if factors := _factors(files, "rope_freqs.weight"):
-        # Llama 3's scaling, already worked out for every pair: the same on both sides of the context.
+        # Llama 3's scaling, worked out for every pair: the same before and after the context.
         return {
             "rope_type": "longrope",
             "short_factor": factors,
@@ -182,10 +197,9 @@ def _rope(config: dict[str, Any], value: Any, files: Sequence[TensorFile]) -> di
         return {"rope_type": "linear", "factor": factor} if factor not in (None, 0, 1) else {}
     if kind == "linear":
         scaling = {"factor": scaling.get("factor")}
-    if kind == "yarn" and "attention_factor" in scaling:
-        # llama.cpp multiplies this one by YaRN's own.
-        if scaling.pop("attention_factor") != 1.0:
-            raise UnsupportedModelError("GGUF: rope.scaling.attn_factor with YaRN")
+    # llama.cpp multiplies this one by YaRN's own.
+    if kind == "yarn" and scaling.pop("attention_factor", 1.0) != 1.0:
+        raise UnsupportedModelError("GGUF: rope.scaling.attn_factor with YaRN")
     return {**scaling, "rope_type": kind}
 
 

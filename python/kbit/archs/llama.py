@@ -1,7 +1,8 @@
 """Llama: RMS norm, rotary positions, grouped queries and a gated MLP; what most others vary."""
 
+from kbit.archs._decoder import decoder
 from kbit.archs._gguf import Gguf
-from kbit.config import Config, decoder
+from kbit.config import Config
 from kbit.names import NameMap
 from kbit.spec import ModelSpec
 

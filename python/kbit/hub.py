@@ -21,10 +21,16 @@ def is_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None
 
 
+def is_file_id(name: str) -> bool:
+    """Whether `name` is written like a file of the hub: owner/name/file.gguf."""
+    owner_name, _, file = name.rpartition("/")
+    return is_id(owner_name) and file.endswith((".gguf", ".safetensors"))
+
+
 def fetch(
     name: str, *, revision: str | None, cache_dir: str | None, local_files_only: bool
 ) -> Path:
-    """The directory of a model from the cache or the hub, or the path of a `owner/name/file.gguf`.
+    """The directory of a model from the cache or the hub.
 
     Only the configuration, the tokenizer and safetensors are fetched, never pickled weights or code.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from kbit.sampling import Completion, SamplingParams
 from kbit.text import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    from kbit.checkpoint import Source
     from kbit.loading import Options
     from kbit.spec import ModelSpec
 
@@ -54,6 +56,7 @@ class Model:
         config: Mapping[str, Any],
         defaults: SamplingParams,
         eos_token_ids: Sequence[int],
+        source: Source,
         options: Options,
     ) -> None:
         self.spec = spec
@@ -69,6 +72,7 @@ class Model:
         self.eos_token_ids: tuple[int, ...] = tuple(eos_token_ids)
         """Ids that end a text."""
         self._tokenizer = tokenizer
+        self._source = source
         self._options = options
 
     # What it is
@@ -387,8 +391,13 @@ class Model:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes weights as they are, config, tokenizer and template to a directory that `kbit.load` reads without work."""
+        metadata = {
+            "bits": json.dumps(self._options.bits),
+            "bits_per_weight": f"{self.bits_per_weight:.4f}",
+            "source": Path(self.name).name,
+        }
         checkpoint.save(
-            Path(directory), self.spec, self.weights, self.config, self._tokenizer, self.defaults
+            Path(directory), self.spec, self.weights, self.config, metadata, self._source
         )
 
     def close(self) -> None:

@@ -1,0 +1,121 @@
+"""`kbit inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from math import prod
+from typing import Any
+
+from kbit import checkpoint, loading
+from kbit._core import KbitError
+from kbit.checkpoint import Source
+from kbit.cli.common import Commands, add_command, positive, print_json, table
+
+EXAMPLES = """\
+  kbit inspect model.gguf
+  kbit inspect Qwen/Qwen3-0.6B --context 8192 --json
+  kbit inspect ./my-model --tensors"""
+
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0}
+
+
+def add(commands: Commands) -> None:
+    """Declares `kbit inspect`."""
+    parser = add_command(commands, "inspect", run, "say what a model file is and how kbit runs it", EXAMPLES)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--context", type=positive, metavar="N", help="estimate memory for N positions")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--cache-dir", metavar="DIR", help="instead of the hub's cache")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads headers only, no weights."""
+    options = loading.Options(
+        name=args.model or str(loading.BUNDLED),
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        local_files_only=args.local_files_only,
+    )
+    source = checkpoint.open_source(loading.locate(options))
+    report = describe(source, args.context)
+    tensors = [
+        {
+            "name": name,
+            "dtype": file.dtype(name),
+            "shape": list(file.shape(name)),
+            "bytes": file.nbytes(name),
+        }
+        for name, file in source.tensors().items()
+    ]
+    if args.json:
+        print_json(report | {"tensors": tensors})
+        return 0
+    for name, value in report.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, item in value.items():
+                print(f"  {key}: {item}")
+        else:
+            print(f"{name}: {value}")
+    if args.tensors:
+        rows = [["tensor", "dtype", "shape", "bytes"]]
+        rows += [[t["name"], t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}"] for t in tensors]
+        print(table(rows))
+    return 0
+
+
+def describe(source: Source, context: int | None) -> dict[str, Any]:
+    """What the headers of a model's files say."""
+    tensors = source.tensors()
+    counts: Counter[str] = Counter()
+    stored = 0
+    for name, file in tensors.items():
+        counts[file.dtype(name)] += 1
+        stored += file.nbytes(name)
+    report: dict[str, Any] = {
+        "path": str(source.path),
+        "format": "kbit" if source.is_saved else source.files[0].format,
+        "files": len(source.files),
+        "tensors": len(tensors),
+        "tensor_types": dict(counts.most_common()),
+        "tensor_bytes": stored,
+    }
+    if not source.is_saved:
+        elements = sum(prod(file.shape(name)) for name, file in tensors.items())
+        report["parameters"] = elements
+        report["bits_per_weight"] = round(8 * stored / max(elements, 1), 4)
+    try:
+        found = loading.describe(source)
+        if found.found is not None:
+            found.found.sources(tensors)
+    except KbitError as error:
+        return report | {"runs": f"no: {error}"}
+    spec = found.spec
+    positions = min(context or spec.max_position_embeddings, spec.max_position_embeddings)
+    row = 2 * len(spec.layers) * spec.num_key_value_heads * spec.head_dim
+    report |= {
+        "architecture": found.model_type,
+        "sizes": {
+            name: getattr(spec, name)
+            for name in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                "head_dim", "max_position_embeddings",
+            )
+        } | {"num_hidden_layers": len(spec.layers)},
+        "cache_bytes": {"positions": positions}
+        | {kv: int(row * positions * size) for kv, size in KV_BYTES.items()},
+    }  # fmt: skip
+    try:
+        tokenizer = loading.load_tokenizer(source)
+    except KbitError as error:
+        return report | {"runs": f"on token ids only: {error}"}
+    if tokenizer is None:
+        return report | {"tokenizer": "none", "runs": "on token ids only"}
+    return report | {
+        "tokenizer": f"{tokenizer.vocab_size} tokens, ends at {list(tokenizer.eos_ids)}",
+        "chat_template": "yes" if tokenizer.chat_template else "no",
+        "runs": "yes",
+    }

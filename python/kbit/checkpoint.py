@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kbit import _core
 from kbit._core import ModelFormatError, TensorFile, Weight
@@ -113,13 +113,20 @@ def _weights_of(directory: Path) -> list[Path]:
 
 def _shards(directory: Path, index: Mapping[str, Any]) -> list[Path]:
     """The files that an index names; each must be in the directory itself."""
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table:
+    value = index.get("weight_map")
+    if not isinstance(value, dict) or not value:
         raise ModelFormatError(f"{INDEX}: weight_map must be an object of tensor names to files")
+    table = cast("dict[str, Any]", value)
     names: dict[str, None] = {}
     for tensor, file in table.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelFormatError(f"{INDEX}: {tensor} is in {file!r:.80}, which is no file of the directory")
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise ModelFormatError(
+                f"{INDEX}: {tensor} is in {file!r:.80}, which is no file of the directory"
+            )
         names[file] = None
     return [directory / name for name in names]
 
@@ -185,7 +192,9 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Through a temporary file, so that a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def fetch(
         OSError: There is no such model, no network, or nothing in the cache.
         ModelFormatError: The model has no safetensors.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -51,7 +51,9 @@ def fetch(
             ignore_patterns=["*/*"],
         )
     except LocalEntryNotFoundError as error:
-        raise OSError(f"{name}: not in the local cache and the hub cannot be reached: {error}") from None
+        raise OSError(
+            f"{name}: not in the local cache and the hub cannot be reached: {error}"
+        ) from None
     except (HfHubHTTPError, ValueError) as error:
         raise OSError(f"{name}: {error}") from None
     directory = Path(path)
@@ -71,7 +73,7 @@ def fetch_file(
     Raises:
         OSError: There is no such file, no network, or nothing in the cache.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     owner, repository, file = name.split("/", 2)
@@ -86,6 +88,8 @@ def fetch_file(
             )
         )
     except LocalEntryNotFoundError as error:
-        raise OSError(f"{name}: not in the local cache and the hub cannot be reached: {error}") from None
+        raise OSError(
+            f"{name}: not in the local cache and the hub cannot be reached: {error}"
+        ) from None
     except (HfHubHTTPError, ValueError) as error:
         raise OSError(f"{name}: {error}") from None

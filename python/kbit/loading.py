@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kbit import _core, archs, checkpoint, hub
 from kbit._core import Engine, MemoryBudgetError, ModelFormatError, Weight
@@ -65,8 +65,8 @@ def load(
     """Loads a language model.
 
     Args:
-        name: A Hugging Face directory, a `.safetensors` or `.gguf` file, a directory that `Model.save` wrote, a hub id
-            (`owner/name`, or `owner/name/file.gguf`); None: the small story teller that comes with kbit.
+        name: A Hugging Face directory, a `.safetensors` or `.gguf` file, a directory that `Model.save` wrote, or a
+            hub id (`owner/name`, or `owner/name/file.gguf`); None: the small story teller that comes with kbit.
         bits: Width that matrices are quantised to while they are read, 2..8, the embedding and the output head at
             least 6; or widths by pattern, such as `{"lm_head": 8, "*": 4}` (see `kbit.BitsPlan`); None: as stored.
         dtype: Of weights that are not quantised: `"f32"`, `"f16"`, `"bf16"`; None: as stored. `"f32"` gives the
@@ -74,7 +74,7 @@ def load(
         device: `"cpu"` or `"gpu"`; None: `KBIT_DEVICE`, then `"cpu"`.
         threads: None: `KBIT_NUM_THREADS`, then the cores this process may use.
         context: Positions of a sequence; None: what the model was made for.
-        kv: Type of the key-value cache: `"f32"`, `"f16"`, `"bf16"` or `"int8"`; None: `"f16"`, `"f32"` with f32 weights.
+        kv: Type of the key-value cache: `"f32"`, `"f16"`, `"bf16"`, `"int8"`; None: `"f16"`, `"f32"` with f32 weights.
         activations: `"int8"`, or `"f32"` to run quantised weights on unquantised activations.
         memory: Bytes, or a text like `"8GB"` or `"512MiB"`, that weights and cache together may take.
         revision: Branch, tag or commit on the hub.
@@ -127,10 +127,11 @@ def load_options(options: Options) -> Model:
         raise ValueError(
             f"context = {options.context} is not in 1..{spec.max_position_embeddings}, the positions of the model"
         )
-    if source.is_saved:
-        weights = _read_saved(source, options)
-    else:
-        weights = _read(source, description, plan, options, budget)
+    weights = (
+        _read_saved(source, options)
+        if source.is_saved
+        else _read(source, description, plan, options, budget)
+    )
     used = sum(weight.nbytes for weight in weights.values())
     if budget is not None and used >= budget:
         raise MemoryBudgetError(f"the weights take {used} bytes, memory allows {budget}")
@@ -182,7 +183,9 @@ def locate(options: Options) -> Path:
     if hub.is_file_id(options.name):
         return hub.fetch_file(options.name, **at)  # pyright: ignore[reportArgumentType]
     if path == BUNDLED:
-        raise FileNotFoundError(f"{path}: this build of kbit comes without its model; see docs/bundled.md")
+        raise FileNotFoundError(
+            f"{path}: this build of kbit comes without its model; see docs/bundled.md"
+        )
     raise FileNotFoundError(
         f"{options.name}: no such file or directory, and not written like a hub id (owner/name)"
     )
@@ -298,7 +301,9 @@ def load_tokenizer(source: Source) -> Tokenizer | None:
     keys = read_json(source.directory / checkpoint.GGUF_TOKENIZER) if source.is_saved else None
     if keys is not None:
         return Tokenizer.from_gguf(keys)
-    if not any((source.directory / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+    if not any(
+        (source.directory / file).exists() for file in ("tokenizer.json", "tokenizer.model")
+    ):
         return None
     return Tokenizer.from_dir(source.directory)
 
@@ -328,15 +333,18 @@ def eos_ids(
     """Ids that end a text: the tokenizer knows them all; without one the configs tell."""
     if tokenizer is not None:
         return tuple(tokenizer.eos_ids)
-    value = generation.get("eos_token_id", config.get("eos_token_id"))
-    return tuple(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+    value: Any = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = cast("list[Any]", value) if isinstance(value, list) else [value]
+    return tuple(i for i in ids if isinstance(i, int))
 
 
 # Arguments
 
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
-_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS = (
+    {"": 1, "B": 1}
+    | {f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")}
+    | {f"{prefix}IB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")}
+)
 
 
 def parse_bytes(value: int | str | None) -> int | None:
@@ -352,7 +360,9 @@ def parse_bytes(value: int | str | None) -> int | None:
         return None
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?B?)", str(value).strip().upper())
     if match is None or match[2] not in _UNITS or isinstance(value, bool):
-        raise ValueError(f"memory = {value!r} is not an amount such as 8000000000, '8GB' or '512MiB'")
+        raise ValueError(
+            f"memory = {value!r} is not an amount such as 8000000000, '8GB' or '512MiB'"
+        )
     amount = int(float(match[1]) * _UNITS[match[2]])
     if amount < 1:
         raise ValueError(f"memory = {value!r} is no memory at all")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,6 +72,8 @@ class Model:
         """By canonical name (docs/adding.md)."""
         self.eos_token_ids: tuple[int, ...] = tuple(eos_token_ids)
         """Ids that end a text."""
+        self._nbytes = sum(weight.nbytes for weight in weights.values())
+        self._num_parameters = sum(prod(weight.shape) for weight in weights.values())
         self._tokenizer = tokenizer
         self._source = source
         self._options = options
@@ -99,12 +102,12 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(weight.nbytes for weight in self.weights.values())
+        return self._nbytes
 
     @property
     def num_parameters(self) -> int:
         """Weights of all tensors."""
-        return sum(int(np.prod(weight.shape)) for weight in self.weights.values())
+        return self._num_parameters
 
     @property
     def bits_per_weight(self) -> float:
@@ -132,13 +135,11 @@ class Model:
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.uint32]:
         """(n,) token ids of a text, with the beginning-of-text token if the model wants one."""
-        return np.asarray(
-            self.tokenizer.encode(text, add_special_tokens=add_special_tokens), dtype=np.uint32
-        )
+        return self.tokenizer.encode(text, add_bos=None if add_special_tokens else False)
 
     def detokenize(self, ids: ArrayLike) -> str:
         """The text of token ids; control tokens give nothing."""
-        return self.tokenizer.decode([int(i) for i in self._ids(ids)])
+        return self.tokenizer.decode(self._ids(ids).tolist())
 
     def _ids(self, prompt: Prompt) -> NDArray[np.uint32]:
         """(n,) ids of a prompt, checked."""
@@ -146,9 +147,13 @@ class Model:
             return self.tokenize(prompt)
         ids = np.asarray(prompt)
         if ids.ndim != 1:
-            raise ValueError(f"token ids have the shape {ids.shape}; a prompt is a str or a 1-D array of ids")
+            raise ValueError(
+                f"token ids have the shape {ids.shape}; a prompt is a str or a 1-D array of ids"
+            )
         if ids.size and ids.dtype.kind not in "iu":
-            raise TypeError(f"token ids have the dtype {ids.dtype}; a prompt is a str or a 1-D array of ids")
+            raise TypeError(
+                f"token ids have the dtype {ids.dtype}; a prompt is a str or a 1-D array of ids"
+            )
         if ids.size and (ids.min() < 0 or ids.max() >= self.spec.vocab_size):
             raise ValueError(
                 f"token ids go from {ids.min()} to {ids.max()}; the vocabulary has {self.spec.vocab_size}"
@@ -159,11 +164,14 @@ class Model:
 
     @overload
     def generate(
-        self, prompt: str, params: SamplingParams | None = None, **sampling: Any
+        self, prompt: str | NDArray[Any], params: SamplingParams | None = None, **sampling: Any
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompt: Sequence[str], params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: list[str] | list[NDArray[Any]],
+        params: SamplingParams | None = None,
+        **sampling: Any,
     ) -> list[Completion]: ...
     @overload
     def generate(
@@ -358,8 +366,12 @@ class Model:
         return self.engine.score(ids, start)
 
     def perplexity(self, text: Prompt, *, window: int = perplexity.WINDOW) -> float:
-        """exp of the mean negative log-likelihood of a text, in windows of `window` tokens without overlap."""
-        ids = self.tokenize(text, add_special_tokens=False) if isinstance(text, str) else self._ids(text)
+        """The exponential of the mean negative log-likelihood of a text, in windows of `window` tokens, no overlap."""
+        ids = (
+            self.tokenize(text, add_special_tokens=False)
+            if isinstance(text, str)
+            else self._ids(text)
+        )
         return perplexity.perplexity(self, ids, window)
 
     @overload
@@ -390,7 +402,14 @@ class Model:
     # Keeping
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes weights as they are, config, tokenizer and template to a directory that `kbit.load` reads without work."""
+        """Writes a directory that `kbit.load` reads without work: weights as they are, config, tokenizer, template.
+
+        Raises:
+            OSError: It cannot be written.
+            ValueError: The model is closed.
+        """
+        if not self.weights:
+            raise ValueError(f"{self.name} is closed: there are no weights to save")
         metadata = {
             "bits": json.dumps(self._options.bits),
             "bits_per_weight": f"{self.bits_per_weight:.4f}",
@@ -423,12 +442,10 @@ class Model:
 
 
 def _is_batch(prompt: Any) -> bool:
-    """Whether `prompt` is a list of prompts and not one list of ids."""
-    return (
-        isinstance(prompt, Iterable)
-        and not isinstance(prompt, str | np.ndarray)
-        and any(isinstance(p, str | Sequence | np.ndarray) for p in prompt)
-    ) or (isinstance(prompt, np.ndarray) and prompt.ndim == 2)
+    """Whether `prompt` is several prompts: a list of texts or of ids, or a 2-D array."""
+    if isinstance(prompt, list | tuple):
+        return any(not isinstance(one, int | np.integer) for one in cast("Sequence[Any]", prompt))
+    return isinstance(prompt, np.ndarray) and prompt.ndim == 2
 
 
 def _draws(params: SamplingParams) -> list[SamplingParams]:

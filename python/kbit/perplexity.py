@@ -43,7 +43,7 @@ def windows(ids: NDArray[np.uint32], window: int) -> Iterator[NDArray[np.uint32]
 
 
 def perplexity(model: Model, ids: NDArray[np.uint32], window: int = WINDOW) -> float:
-    """exp of the mean negative log-likelihood of each token given those before it in its window.
+    """The exponential of the mean negative log-likelihood of each token given those before it in its window.
 
     Raises:
         ValueError: Fewer than two ids, or a window under 2.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kbit import _core
-from kbit._core import Weight as KTensor
+from kbit._core import Weight
 
 MIN_BITS, MAX_BITS = 2, 8
 HEAD_BITS = 6
@@ -148,7 +148,7 @@ def quantize(
     block: int | None = None,
     importance: ArrayLike | None = None,
     threads: int = 0,
-) -> KTensor:
+) -> Weight:
     """Quantise a matrix to `bits` bits per weight.
 
     Args:

@@ -20,12 +20,12 @@ class SamplingParams:
         top_k: Keeps the k most likely tokens; 0 keeps all.
         top_p: Keeps the most likely tokens that together reach this probability, in (0, 1].
         min_p: Drops tokens less likely than this fraction of the most likely one, in [0, 1).
-        repetition_penalty: Divides positive and multiplies negative logits of tokens that occurred; 1 does nothing.
+        repetition_penalty: Divides positive, multiplies negative logits of tokens that occurred; 1 does nothing.
         seed: 64-bit seed of the draws; None draws one.
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Ids that end the text besides the model's own.
         ignore_eos: True goes on past the model's end of text.
-        logprobs: Number of most likely alternatives to report with each token's log-probability, 0..20; None reports none.
+        logprobs: Report log-probabilities, and of this many most likely alternatives, 0..20; None reports none.
         n: Completions per prompt; the seed of completion i is `seed + i`.
 
     Raises:
@@ -69,9 +69,7 @@ class SamplingParams:
         known = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in changes:
             if name not in known:
-                raise TypeError(
-                    f"unknown sampling argument {name!r}; there are {', '.join(known)}"
-                )
+                raise TypeError(f"unknown sampling argument {name!r}; there are {', '.join(known)}")
         return SamplingParams(**(known | changes))
 
     @classmethod

@@ -22,7 +22,7 @@ EXAMPLES = """\
   kbit bench
   kbit bench ./my-model --bits 4 --prompt-tokens 512 --new-tokens 128 --batch 8
 
-Rates are of tokens really produced: a random prompt is read, then tokens are generated greedily past any end of text."""
+Rates are of tokens really produced: a random prompt is read, then tokens are taken greedily past any end of text."""
 
 
 def add(commands: Commands) -> None:
@@ -32,10 +32,16 @@ def add(commands: Commands) -> None:
         "model", nargs="?", metavar="MODEL",
         help="directory, .gguf, .safetensors or hub id (default: the bundled model)",
     )  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=positive, default=256, metavar="N", help="default: 256")
-    parser.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=256, metavar="N", help="default: 256"
+    )
+    parser.add_argument(
+        "--new-tokens", type=positive, default=128, metavar="N", help="default: 128"
+    )
     parser.add_argument("--repeat", type=positive, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="requests side by side")
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="requests side by side"
+    )
     add_model_options(parser)
 
 
@@ -76,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
             "batch": args.batch,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
-            "prefill_tokens_per_second": {"best": max(prefill), "median": statistics.median(prefill)},
+            "prefill_tokens_per_second": {
+                "best": max(prefill),
+                "median": statistics.median(prefill),
+            },
             "decode_tokens_per_second": {"best": max(decode), "median": statistics.median(decode)},
         }
         if args.json:

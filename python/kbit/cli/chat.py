@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         for line in _turns():
             messages.append({"role": "user", "content": line})
             if args.json:
-                done = model.chat(messages, **sampling)
+                done = model.chat(messages, stream=False, **sampling)
                 print_json(completion(done))
                 answer = done.text
             else:
@@ -67,7 +69,8 @@ def _turns() -> Iterator[str]:
                 return
             yield line.rstrip("\n")
         return
-    import readline  # noqa: F401  line editing of input()
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # gives input() line editing
 
     while True:
         try:

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kbit.loading import load, parse_bytes
 from kbit.model import Model
@@ -62,7 +62,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, bits: bool = True) -> 
     group.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
     group.add_argument("--context", type=positive, metavar="N", help="positions of a sequence")
     group.add_argument("--kv", choices=("f32", "f16", "bf16", "int8"), help="type of the cache")
-    group.add_argument("--activations", choices=("int8", "f32"), default="int8", help="default: int8")
+    group.add_argument(
+        "--activations", choices=("int8", "f32"), default="int8", help="default: int8"
+    )
     group.add_argument(
         "--memory", type=memory, metavar="SIZE", help="limit of weights and cache: 8GB, 512MiB"
     )
@@ -96,13 +98,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of `kbit.SamplingParams`; without one, the model's default holds."""
     group = parser.add_argument_group("sampling (default: what the model's files say, else greedy)")
     group.add_argument("--max-new-tokens", "-n", type=int, metavar="N", help="default: 256")
-    group.add_argument("--temperature", "-t", type=float, metavar="T", help="0: the most likely token")
+    group.add_argument(
+        "--temperature", "-t", type=float, metavar="T", help="0: the most likely token"
+    )
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely; 0: all")
     group.add_argument("--top-p", type=float, metavar="P", help="keep those that reach P together")
     group.add_argument("--min-p", type=float, metavar="P", help="drop those under P of the best")
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
     group.add_argument("--seed", type=int, metavar="S", help="same seed, same text")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; repeatable")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before TEXT; repeatable"
+    )
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end")
 
 
@@ -173,6 +179,16 @@ def print_json(value: Any) -> None:
         value = dataclasses.asdict(value)
     json.dump(value, sys.stdout, ensure_ascii=False, allow_nan=False, default=str)
     print()
+
+
+def print_report(report: Mapping[str, Any], indent: str = "") -> None:
+    """Names and values, one a line; what is inside a value is indented."""
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}:")
+            print_report(cast("Mapping[str, Any]", value), indent + "  ")
+        else:
+            print(f"{indent}{name}: {value}")
 
 
 def read_text(path: str) -> str:

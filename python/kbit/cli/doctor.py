@@ -10,7 +10,7 @@ from typing import Any
 
 from kbit import _core
 from kbit._core import KbitError
-from kbit.cli.common import Commands, add_command, print_json
+from kbit.cli.common import Commands, add_command, print_json, print_report
 from kbit.loading import load
 
 EXAMPLES = """\
@@ -22,7 +22,9 @@ PROMPT = "Once upon a time"
 
 def add(commands: Commands) -> None:
     """Declares `kbit doctor`."""
-    add_command(commands, "doctor", run, "say what this build and machine offer, and try it", EXAMPLES)
+    add_command(
+        commands, "doctor", run, "say what this build and machine offer, and try it", EXAMPLES
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,12 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        for name, value in report.items():
-            if isinstance(value, dict):
-                for key, item in value.items():
-                    print(f"{name}.{key}: {item}")
-            else:
-                print(f"{name}: {value}")
+        print_report(report)
         if not well:
             print("kbit: the self-check failed", file=sys.stderr)
     return 0 if well else 1

@@ -10,7 +10,7 @@ from typing import Any
 from kbit import checkpoint, loading
 from kbit._core import KbitError
 from kbit.checkpoint import Source
-from kbit.cli.common import Commands, add_command, positive, print_json, table
+from kbit.cli.common import Commands, add_command, positive, print_json, print_report, table
 
 EXAMPLES = """\
   kbit inspect model.gguf
@@ -22,10 +22,14 @@ KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0}
 
 def add(commands: Commands) -> None:
     """Declares `kbit inspect`."""
-    parser = add_command(commands, "inspect", run, "say what a model file is and how kbit runs it", EXAMPLES)
+    parser = add_command(
+        commands, "inspect", run, "say what a model file is and how kbit runs it", EXAMPLES
+    )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--context", type=positive, metavar="N", help="estimate memory for N positions")
+    parser.add_argument(
+        "--context", type=positive, metavar="N", help="estimate memory for N positions"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--cache-dir", metavar="DIR", help="instead of the hub's cache")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     )
     source = checkpoint.open_source(loading.locate(options))
     report = describe(source, args.context)
-    tensors = [
+    tensors: list[dict[str, Any]] = [
         {
             "name": name,
             "dtype": file.dtype(name),
@@ -53,16 +57,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report | {"tensors": tensors})
         return 0
-    for name, value in report.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, item in value.items():
-                print(f"  {key}: {item}")
-        else:
-            print(f"{name}: {value}")
+    print_report(report)
     if args.tensors:
         rows = [["tensor", "dtype", "shape", "bytes"]]
-        rows += [[t["name"], t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}"] for t in tensors]
+        rows += [
+            [t["name"], t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}"]
+            for t in tensors
+        ]
         print(table(rows))
     return 0
 

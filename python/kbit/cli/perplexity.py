@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from contextlib import ExitStack
+from typing import Any
 
 from kbit.cli.common import (
     Commands,
@@ -33,7 +34,11 @@ per token. Bits per weight count every constant and all padding. All widths are 
 def add(commands: Commands) -> None:
     """Declares `kbit perplexity`."""
     parser = add_command(
-        commands, "perplexity", run, "measure how well a model predicts a text, at several widths", EXAMPLES
+        commands,
+        "perplexity",
+        run,
+        "measure how well a model predicts a text, at several widths",
+        EXAMPLES,
     )
     model_and(parser, "text", "UTF-8 file; - reads standard input")
     parser.add_argument(
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     options.pop("dtype")
     text = read_text(args.text)
     with ExitStack() as stack:
-        exact = options | {"activations": "f32", "kv": args.kv or "f32"}
+        exact: dict[str, Any] = options | {"activations": "f32", "kv": args.kv or "f32"}
         reference = stack.enter_context(load(args.model, dtype=args.dtype, **exact))
         models = [stack.enter_context(load(args.model, bits=k, **options)) for k in args.bits]
         ids = reference.tokenize(text, add_special_tokens=False)[: args.limit]

@@ -6,7 +6,14 @@ import argparse
 import time
 from pathlib import Path
 
-from kbit.cli.common import Commands, add_command, add_model_options, bits_argument, load_model, print_json
+from kbit.cli.common import (
+    Commands,
+    add_command,
+    add_model_options,
+    bits_argument,
+    load_model,
+    print_json,
+)
 
 EXAMPLES = """\
   kbit quantize ./my-model ./my-model-4bit --bits 4
@@ -16,7 +23,11 @@ EXAMPLES = """\
 def add(commands: Commands) -> None:
     """Declares `kbit quantize`."""
     parser = add_command(
-        commands, "quantize", run, "write a model in k bits to a directory that loads without work", EXAMPLES
+        commands,
+        "quantize",
+        run,
+        "write a model in k bits to a directory that loads without work",
+        EXAMPLES,
     )
     parser.add_argument("source", metavar="SRC", help="directory, .gguf, .safetensors or hub id")
     parser.add_argument("target", metavar="DST", help="directory to write; created if need be")

@@ -55,7 +55,7 @@ clean: ## remove what was built
 
 .venv/.build:
 	$(PYTHON) -m venv .venv || { echo "No venv could be made: on Debian, apt install python3-venv."; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip==26.2' 'maturin==1.16.0'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip==26.3' 'maturin==1.16.0'
 	touch $@
 
 .venv/.test: .venv/.build pyproject.toml

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from kbit.text import StreamDecoder, Tokenizer
 
 SHARED = Path(os.environ.get("KBIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))

@@ -1,0 +1,49 @@
+"""What all tests share: hypothesis profiles, the inputs beside the repository, loaded models."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import kbit
+
+REPO = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("KBIT_SHARED", REPO.parent / "shared"))
+
+settings.register_profile("dev", max_examples=30, deadline=None)
+settings.register_profile(
+    "ci",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Path of an input under ../shared; the test is skipped, and counted, where it is absent."""
+
+    def find(relative):
+        path = SHARED / relative
+        if not path.exists():
+            pytest.skip(f"needs ../shared/{relative}")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """The bundled model, 4 bits."""
+    with kbit.load() as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def stories_f32(shared):
+    """The model that the bundled one was made from, unquantised."""
+    with kbit.load(shared("models/kbit-stories"), dtype="f32") as model:
+        yield model

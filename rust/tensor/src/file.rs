@@ -197,6 +197,14 @@ impl TensorFile {
         }
     }
 
+    /// The whole file, if it is in memory.
+    pub(crate) fn memory(&self) -> Option<Arc<Bytes>> {
+        match &self.source.backing {
+            Backing::Memory(bytes) => Some(bytes.clone()),
+            Backing::File(_) => None,
+        }
+    }
+
     /// Bytes `from..from + len` of a tensor as stored; shared with the file where it is in memory.
     pub(crate) fn read_range(&self, info: &TensorInfo, from: u64, len: u64) -> Result<Part> {
         if from.checked_add(len).is_none_or(|end| end > info.nbytes) {

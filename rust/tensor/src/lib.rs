@@ -3,8 +3,10 @@
 //! The crate depends on no device and no Python. Start with [`Tensor`] (plain arrays), [`KTensor`] (k-bit arrays in
 //! kernel order, drawn in `docs/formats.md`) and [`program`] (the contract between a model and a device).
 
+mod atomic;
 mod bytes;
 mod check;
+mod checkpoint;
 mod dtype;
 mod error;
 mod file;
@@ -12,7 +14,6 @@ pub mod gguf;
 pub mod import;
 mod ktensor;
 mod load;
-mod pack;
 mod parallel;
 pub mod program;
 mod quantize;
@@ -21,6 +22,7 @@ mod tensor;
 mod transform;
 
 pub use bytes::Bytes;
+pub use checkpoint::{Checkpoint, open_checkpoint, read_checkpoint, save_checkpoint};
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use file::{Container, Stored, TensorFile, TensorInfo};

@@ -8,7 +8,6 @@ use half::bf16;
 use super::blocks::{Block, Format, codebook};
 use crate::file::{TensorFile, TensorInfo};
 use crate::gguf::GgmlType;
-use crate::pack::{Codes, pack_chunk};
 use crate::transform::View;
 use crate::{
     Bytes, CHUNK, Codebook, DType, Error, KLayout, KTensor, Offset, ROWS, Result, SUPER, ScaleType,
@@ -84,7 +83,8 @@ fn pack(
         let count = ROWS.min(rows - first);
         let mut raw = vec![0; count * view.row_bytes()];
         view.read_rows(first, &mut raw)?;
-        let mut codes: Vec<Codes> = vec![[[0; CHUNK]; ROWS]; layout.chunks];
+        // Chunks of code vectors: 4 inputs of each of 16 rows, side by side.
+        let mut codes = vec![0; layout.chunks * ROWS * CHUNK];
         let mut block = Block::EMPTY;
         let block_bytes = view.row_bytes() / (inputs / format.elements);
         for (row, raw) in raw.chunks_exact(view.row_bytes()).enumerate() {
@@ -94,16 +94,16 @@ fn pack(
                 if special_case(format, &block) {
                     special.store(true, Ordering::Relaxed);
                 }
-                let parts = block.codes[..format.elements].chunks(CHUNK).enumerate();
-                for (k, part) in parts {
-                    let at = b * format.elements + k * CHUNK;
-                    codes[at / CHUNK][row][at % CHUNK..][..part.len()].copy_from_slice(part);
+                let first = b * format.elements / 4;
+                let fours = block.codes[..format.elements].as_chunks::<4>().0;
+                for (vector, four) in (first..).zip(fours) {
+                    codes[vector * 64 + row * 4..][..4].copy_from_slice(four);
                 }
             }
         }
         let packed = out[layout.codes_at..].chunks_exact_mut(layout.bits * 128);
-        for (codes, packed) in codes.iter().zip(packed) {
-            pack_chunk(layout.bits, codes, packed);
+        for (codes, packed) in codes.chunks_exact(ROWS * CHUNK).zip(packed) {
+            layout.pack_chunk(codes, packed);
         }
         Ok(())
     })?;

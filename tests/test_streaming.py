@@ -1,6 +1,7 @@
 """Stop strings and streams on a scripted engine: what is shown never depends on how tokens cut the text."""
 
 import asyncio
+import itertools
 import re
 import threading
 from types import SimpleNamespace
@@ -96,7 +97,7 @@ def make(text, *, cuts=(), eos=(), **options):
     script = {k: options.pop(k) for k in ("finish_reason", "error") if k in options}
     data = text.encode() if isinstance(text, str) else text
     edges = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
-    batches = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    batches = [data[a:b] for a, b in itertools.pairwise(edges)]
     request = Script(batches, **script)
     return request, Stream(request, Bytes(), SamplingParams(**options), eos, 3)
 
@@ -159,7 +160,7 @@ def test_leaving_with_or_dropping_cancels():
 
 
 def test_a_finished_stream_stays_finished():
-    request, stream = make("abc")
+    _request, stream = make("abc")
     assert stream.result().text == "abc"
     stream.close()
     assert stream.finish_reason == "length"

@@ -318,7 +318,7 @@ class Model:
             raise ValueError("the prompt is empty: there is nothing to continue")
         eos = () if params.ignore_eos else self.eos_token_ids
         eos = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, continues=True)
         request = self.engine.submit(
             ids,
             max_new_tokens=params.max_new_tokens,

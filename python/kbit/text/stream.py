@@ -18,14 +18,19 @@ class StreamDecoder:
     Args:
         tokenizer: What the ids mean.
         special: Control tokens give their text instead of nothing.
+        continues: The ids go on from others: what is dropped at the start of a text is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, special: bool = False, continues: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._special = special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = True
+        self._first = not continues
         self._strip_char, self._strip_left = tokenizer.pieces.strip
+        if continues:
+            self._strip_left = 0
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often one word and sometimes nothing.

@@ -1,6 +1,28 @@
-//! See the crate description.
-use pyo3::prelude::*;
+//! Module `kbit._core`: numpy to slices and back, errors to exceptions, the GIL released. Nothing else; `_core.pyi`
+//! documents everything here.
 
-/// The module.
-#[pymodule]
-mod _core {}
+mod engine;
+mod error;
+mod file;
+mod info;
+mod weight;
+
+/// The Rust engine of kbit. Private: use the names of the package `kbit`.
+#[pyo3::pymodule(gil_used = false)]
+mod _core {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::engine::{Engine, Request, Token};
+    #[pymodule_export]
+    use crate::file::TensorFile;
+    #[pymodule_export]
+    use crate::info::{build_info, default_threads, gpu_adapters, isa, isas};
+    #[pymodule_export]
+    use crate::weight::{Weight, load_weight, quantize};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::error::register(module)
+    }
+}

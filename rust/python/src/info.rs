@@ -1,0 +1,43 @@
+//! What this build and this machine are.
+
+use std::collections::BTreeMap;
+
+use pyo3::prelude::*;
+
+use crate::error::{guard, raise};
+
+#[pyfunction]
+pub(crate) fn isas() -> Vec<&'static str> {
+    kbit_simd::Isa::available().into_iter().map(kbit_simd::Isa::name).collect()
+}
+
+#[pyfunction]
+pub(crate) fn isa() -> PyResult<&'static str> {
+    let wrong = |e: kbit_simd::IsaError| raise(kbit_tensor::Error::Device(e.to_string()));
+    guard(|| kbit_simd::Isa::chosen().map(kbit_simd::Isa::name).map_err(wrong))
+}
+
+#[pyfunction]
+pub(crate) fn build_info() -> BTreeMap<&'static str, &'static str> {
+    BTreeMap::from([
+        ("version", env!("CARGO_PKG_VERSION")),
+        ("commit", env!("KBIT_COMMIT")),
+        ("profile", env!("KBIT_PROFILE")),
+        ("target", env!("KBIT_TARGET")),
+        ("rustc", env!("KBIT_RUSTC")),
+        ("features", if cfg!(feature = "gpu") { "gpu" } else { "" }),
+    ])
+}
+
+#[pyfunction]
+pub(crate) fn gpu_adapters(py: Python<'_>) -> PyResult<Vec<String>> {
+    #[cfg(feature = "gpu")]
+    return guard(|| Ok(py.detach(kbit_gpu::adapters)));
+    #[cfg(not(feature = "gpu"))]
+    guard(|| Ok(py.detach(Vec::new)))
+}
+
+#[pyfunction]
+pub(crate) fn default_threads() -> PyResult<usize> {
+    Ok(std::thread::available_parallelism().map_or(1, usize::from))
+}

@@ -3,11 +3,22 @@
 use std::process::Command;
 
 fn main() {
-    let commit = std::env::var("KBIT_COMMIT").ok().or_else(|| output("git", &["rev-parse", "HEAD"]));
-    let rustc = output(&std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()), &["--version"]);
+    let commit = std::env::var("KBIT_COMMIT")
+        .ok()
+        .or_else(|| output("git", &["rev-parse", "HEAD"]));
+    let rustc = output(
+        &std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()),
+        &["--version"],
+    );
     let fact = |name: &str| std::env::var(name).unwrap_or_else(|_| "unknown".into());
-    println!("cargo::rustc-env=KBIT_COMMIT={}", commit.unwrap_or_else(|| "unknown".into()));
-    println!("cargo::rustc-env=KBIT_RUSTC={}", rustc.unwrap_or_else(|| "unknown".into()));
+    println!(
+        "cargo::rustc-env=KBIT_COMMIT={}",
+        commit.unwrap_or_else(|| "unknown".into())
+    );
+    println!(
+        "cargo::rustc-env=KBIT_RUSTC={}",
+        rustc.unwrap_or_else(|| "unknown".into())
+    );
     println!("cargo::rustc-env=KBIT_TARGET={}", fact("TARGET"));
     println!("cargo::rustc-env=KBIT_PROFILE={}", fact("PROFILE"));
     println!("cargo::rerun-if-env-changed=KBIT_COMMIT");

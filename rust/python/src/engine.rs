@@ -28,7 +28,9 @@ pub(crate) struct Engine {
 fn device(name: &str) -> PyResult<Box<dyn Device>> {
     match name {
         "reference" => Ok(Box::new(kbit_model::Reference)),
-        other => Err(raise(Error::Device(format!("device '{other}': this build has 'reference'")))),
+        other => Err(raise(Error::Device(format!(
+            "device '{other}': this build has 'reference'"
+        )))),
     }
 }
 
@@ -38,7 +40,9 @@ fn cache_type(name: &str) -> PyResult<CacheType> {
         "bf16" => Ok(CacheType::BF16),
         "f32" => Ok(CacheType::F32),
         "i8" => Ok(CacheType::I8),
-        other => Err(PyValueError::new_err(format!("kv must be 'f16', 'bf16', 'f32' or 'i8', is '{other}'"))),
+        other => Err(PyValueError::new_err(format!(
+            "kv must be 'f16', 'bf16', 'f32' or 'i8', is '{other}'"
+        ))),
     }
 }
 
@@ -46,12 +50,16 @@ pub(crate) fn activations(name: &str) -> PyResult<Activations> {
     match name {
         "int8" => Ok(Activations::Int8),
         "f32" => Ok(Activations::F32),
-        other => Err(PyValueError::new_err(format!("activations must be 'int8' or 'f32', is '{other}'"))),
+        other => Err(PyValueError::new_err(format!(
+            "activations must be 'int8' or 'f32', is '{other}'"
+        ))),
     }
 }
 
 /// A mapping from names to weights, sharing the bytes.
-pub(crate) fn weights(mapping: &Bound<'_, PyMapping>) -> PyResult<BTreeMap<String, kbit_tensor::Weight>> {
+pub(crate) fn weights(
+    mapping: &Bound<'_, PyMapping>,
+) -> PyResult<BTreeMap<String, kbit_tensor::Weight>> {
     let mut all = BTreeMap::new();
     for item in mapping.items()?.iter() {
         let (name, weight): (String, Py<Weight>) = item.extract()?;
@@ -85,15 +93,35 @@ impl Engine {
         let device = self::device(device)?;
         let name = device.name();
         let activations = self::activations(activations)?;
-        let options = Options { activations, cache: cache_type(kv)?, threads, cache_bytes };
+        let options = Options {
+            activations,
+            cache: cache_type(kv)?,
+            threads,
+            cache_bytes,
+        };
         let (engine, program) = interruptible(py, move |_| {
-            let program = Arc::new(kbit_model::compile(&spec, weights.keys().map(String::as_str), context)?);
+            let program = Arc::new(kbit_model::compile(
+                &spec,
+                weights.keys().map(String::as_str),
+                context,
+            )?);
             // The compiler has seen that all are there.
-            let ordered = program.weights.iter().filter_map(|name| weights.remove(name)).collect();
+            let ordered = program
+                .weights
+                .iter()
+                .filter_map(|name| weights.remove(name))
+                .collect();
             let runner = device.prepare(program.clone(), ordered, options)?;
-            Ok((kbit_model::Engine::new(&program, runner, max_batch)?, program))
+            Ok((
+                kbit_model::Engine::new(&program, runner, max_batch)?,
+                program,
+            ))
         })?;
-        Ok(Self { engine, device: name, program })
+        Ok(Self {
+            engine,
+            device: name,
+            program,
+        })
     }
 
     #[getter]
@@ -129,8 +157,21 @@ impl Engine {
         eos: Vec<u32>,
         logprobs: Option<usize>,
     ) -> PyResult<Request> {
-        let sampling = Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed };
-        let generate = Generate { ids: owned(&ids), max_new_tokens, sampling, eos, logprobs };
+        let sampling = Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+        };
+        let generate = Generate {
+            ids: owned(&ids),
+            max_new_tokens,
+            sampling,
+            eos,
+            logprobs,
+        };
         let request = guard(|| py.detach(|| self.engine.submit(generate)).map_err(raise))?;
         Ok(Request { request })
     }
@@ -145,9 +186,19 @@ impl Engine {
     ) -> PyResult<Bound<'py, PyDict>> {
         let ids = owned(&ids);
         let n = ids.len();
-        let out = self.pass(py, ids, PassKind::Forward { hidden: hidden_states, attentions })?;
+        let out = self.pass(
+            py,
+            ids,
+            PassKind::Forward {
+                hidden: hidden_states,
+                attentions,
+            },
+        )?;
         let all = PyDict::new(py);
-        all.set_item("logits", shaped(py, out.logits, &[n, self.engine.vocab_size()])?)?;
+        all.set_item(
+            "logits",
+            shaped(py, out.logits, &[n, self.engine.vocab_size()])?,
+        )?;
         if hidden_states {
             let states = PyList::empty(py);
             for state in out.hidden {
@@ -167,7 +218,12 @@ impl Engine {
     }
 
     #[pyo3(signature = (ids, start = 1))]
-    fn score<'py>(&self, py: Python<'py>, ids: PyReadonlyArray1<'_, u32>, start: usize) -> PyResult<Bound<'py, PyAny>> {
+    fn score<'py>(
+        &self,
+        py: Python<'py>,
+        ids: PyReadonlyArray1<'_, u32>,
+        start: usize,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let out = self.pass(py, owned(&ids), PassKind::Score { start })?;
         let n = out.logprobs.len();
         shaped(py, out.logprobs, &[n])
@@ -196,7 +252,12 @@ impl Engine {
     }
 
     fn __repr__(&self) -> String {
-        format!("Engine({}, {} threads, context {})", self.device, self.engine.threads(), self.engine.context())
+        format!(
+            "Engine({}, {} threads, context {})",
+            self.device,
+            self.engine.threads(),
+            self.engine.context()
+        )
     }
 }
 
@@ -228,16 +289,28 @@ pub(crate) struct Request {
 impl Request {
     #[pyo3(signature = (timeout = 0.05))]
     fn wait(&self, py: Python<'_>, timeout: f64) -> PyResult<Option<Vec<Token>>> {
-        let until = Duration::try_from_secs_f64(timeout).ok().and_then(|t| Instant::now().checked_add(t));
-        let until = until.ok_or_else(|| PyValueError::new_err(format!("timeout must be at least 0 and finite, is {timeout}")))?;
+        let until = Duration::try_from_secs_f64(timeout)
+            .ok()
+            .and_then(|t| Instant::now().checked_add(t));
+        let until = until.ok_or_else(|| {
+            PyValueError::new_err(format!(
+                "timeout must be at least 0 and finite, is {timeout}"
+            ))
+        })?;
         guard(|| {
             loop {
                 let left = until.saturating_duration_since(Instant::now());
-                let tokens = py.detach(|| self.request.wait(left.min(SIGNALS))).map_err(raise)?;
+                let tokens = py
+                    .detach(|| self.request.wait(left.min(SIGNALS)))
+                    .map_err(raise)?;
                 py.check_signals()?;
                 match tokens {
                     Some(tokens) if tokens.is_empty() && left > SIGNALS => {}
-                    tokens => return Ok(tokens.map(|t| t.into_iter().map(|token| Token { token }).collect())),
+                    tokens => {
+                        return Ok(
+                            tokens.map(|t| t.into_iter().map(|token| Token { token }).collect())
+                        );
+                    }
                 }
             }
         })

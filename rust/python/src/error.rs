@@ -1,9 +1,9 @@
 //! Errors to exceptions: one table. A panic is a `KbitError` too.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kbit_tensor::Error;
@@ -17,13 +17,41 @@ pub(crate) const SIGNALS: Duration = Duration::from_millis(50);
 
 /// The exceptions of kbit: (name, builtin base beside `KbitError`, first line of its documentation).
 const TABLE: [(&str, &str, &str); 8] = [
-    ("KbitError", "Exception", "Root of everything kbit raises on its own account."),
-    ("ModelFormatError", "ValueError", "A file, header or config does not say what its format demands."),
-    ("UnsupportedModelError", "NotImplementedError", "Well-formed, but nothing kbit runs."),
-    ("ContextOverflowError", "ValueError", "More tokens than the context holds."),
-    ("GrammarError", "ValueError", "A grammar, schema or pattern that cannot be compiled."),
-    ("MemoryBudgetError", "MemoryError", "More memory than there is or was allowed."),
-    ("DeviceError", "RuntimeError", "A device is missing or failed."),
+    (
+        "KbitError",
+        "Exception",
+        "Root of everything kbit raises on its own account.",
+    ),
+    (
+        "ModelFormatError",
+        "ValueError",
+        "A file, header or config does not say what its format demands.",
+    ),
+    (
+        "UnsupportedModelError",
+        "NotImplementedError",
+        "Well-formed, but nothing kbit runs.",
+    ),
+    (
+        "ContextOverflowError",
+        "ValueError",
+        "More tokens than the context holds.",
+    ),
+    (
+        "GrammarError",
+        "ValueError",
+        "A grammar, schema or pattern that cannot be compiled.",
+    ),
+    (
+        "MemoryBudgetError",
+        "MemoryError",
+        "More memory than there is or was allowed.",
+    ),
+    (
+        "DeviceError",
+        "RuntimeError",
+        "A device is missing or failed.",
+    ),
     ("GenerationCancelled", "", "The call was cancelled."),
 ];
 
@@ -35,14 +63,20 @@ fn types(py: Python<'_>) -> PyResult<&Vec<Py<PyType>>> {
         let builtins = py.import("builtins")?;
         let mut types: Vec<Py<PyType>> = Vec::new();
         for (name, builtin, doc) in TABLE {
-            let mut bases: Vec<Bound<'_, PyAny>> = types.first().map(|root| root.bind(py).as_any().clone()).into_iter().collect();
+            let mut bases: Vec<Bound<'_, PyAny>> = types
+                .first()
+                .map(|root| root.bind(py).as_any().clone())
+                .into_iter()
+                .collect();
             if !builtin.is_empty() {
                 bases.push(builtins.getattr(builtin)?);
             }
             let body = PyDict::new(py);
             body.set_item("__module__", "kbit")?;
             body.set_item("__doc__", doc)?;
-            let class = py.get_type::<PyType>().call1((name, PyTuple::new(py, bases)?, body))?;
+            let class = py
+                .get_type::<PyType>()
+                .call1((name, PyTuple::new(py, bases)?, body))?;
             types.push(class.cast_into::<PyType>()?.unbind());
         }
         Ok(types)
@@ -58,7 +92,12 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 fn new(py: Python<'_>, name: &str, message: String) -> PyErr {
-    let class = types(py).map(|types| TABLE.iter().position(|t| t.0 == name).map(|i| types[i].bind(py).clone()));
+    let class = types(py).map(|types| {
+        TABLE
+            .iter()
+            .position(|t| t.0 == name)
+            .map(|i| types[i].bind(py).clone())
+    });
     match class {
         Ok(Some(class)) => PyErr::from_type(class, message),
         Ok(None) => py_exceptions::PyRuntimeError::new_err(message),
@@ -80,7 +119,10 @@ pub(crate) fn raise(error: Error) -> PyErr {
         Error::Io { path, source } => match source.raw_os_error() {
             Some(number) => {
                 let text = source.to_string();
-                let text = text.rsplit_once(" (os error").map_or(text.as_str(), |(t, _)| t).to_string();
+                let text = text
+                    .rsplit_once(" (os error")
+                    .map_or(text.as_str(), |(t, _)| t)
+                    .to_string();
                 py_exceptions::PyOSError::new_err((number, text, path))
             }
             None => py_exceptions::PyOSError::new_err(format!("{path}: {source}")),
@@ -91,8 +133,14 @@ pub(crate) fn raise(error: Error) -> PyErr {
 
 /// What a panic said, as the exception for it.
 fn panicked(payload: &(dyn std::any::Any + Send)) -> PyErr {
-    let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
-    let message = format!("kbit broke down (a bug; please report it): {}", text.unwrap_or("a panic without a message"));
+    let text = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or(payload.downcast_ref::<&str>().copied());
+    let message = format!(
+        "kbit broke down (a bug; please report it): {}",
+        text.unwrap_or("a panic without a message")
+    );
     Python::attach(|py| new(py, "KbitError", message))
 }
 
@@ -116,14 +164,23 @@ pub(crate) fn interruptible<T: Send + 'static>(
         // Nobody listens any more after Ctrl-C.
         let _ = send.send(result);
     };
-    let thread = std::thread::Builder::new().name("kbit-call".into()).spawn(body);
+    let thread = std::thread::Builder::new()
+        .name("kbit-call".into())
+        .spawn(body);
     thread.map_err(|e| raise(Error::Device(format!("no thread for a call: {e}"))))?;
     loop {
-        let wait = || receive.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(SIGNALS);
+        let wait = || {
+            receive
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .recv_timeout(SIGNALS)
+        };
         match py.detach(wait) {
             Ok(Ok(result)) => return result.map_err(raise),
             Ok(Err(payload)) => return Err(panicked(&*payload)),
-            Err(RecvTimeoutError::Disconnected) => return Err(raise(Error::Device("a thread of kbit vanished".into()))),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(raise(Error::Device("a thread of kbit vanished".into())));
+            }
             Err(RecvTimeoutError::Timeout) => {}
         }
         if let Err(e) = py.check_signals() {

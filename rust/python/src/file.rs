@@ -23,7 +23,9 @@ impl TensorFile {
     #[new]
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         let file = interruptible(py, move |_| kbit_tensor::TensorFile::open(path))?;
-        Ok(Self { file: Arc::new(file) })
+        Ok(Self {
+            file: Arc::new(file),
+        })
     }
 
     #[getter]
@@ -49,7 +51,11 @@ impl TensorFile {
     }
 
     fn names(&self) -> Vec<&str> {
-        self.file.tensors().iter().map(|t| t.name.as_str()).collect()
+        self.file
+            .tensors()
+            .iter()
+            .map(|t| t.name.as_str())
+            .collect()
     }
 
     fn dtype(&self, name: &str) -> PyResult<&'static str> {
@@ -71,7 +77,11 @@ impl TensorFile {
     }
 
     fn __repr__(&self) -> String {
-        format!("TensorFile({:?}, {} tensors)", self.path(), self.file.tensors().len())
+        format!(
+            "TensorFile({:?}, {} tensors)",
+            self.path(),
+            self.file.tensors().len()
+        )
     }
 }
 
@@ -136,14 +146,16 @@ fn array<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {
         DType::I64 => native(py, tensor, i64::from_le_bytes),
         DType::U64 => native(py, tensor, u64::from_le_bytes),
         DType::Bool => native(py, tensor, |[b]: [u8; 1]| b != 0),
-        DType::BF16 | DType::F8E4M3 | DType::F8E5M2 => shaped(py, py.detach(|| tensor.to_f32()), shape),
+        DType::BF16 | DType::F8E4M3 | DType::F8E5M2 => {
+            shaped(py, py.detach(|| tensor.to_f32()), shape)
+        }
     }
 }
 
 fn native<'py, T: Element + Send, const N: usize>(
     py: Python<'py>,
     tensor: &Tensor,
-    read: impl Fn([u8; N]) -> T + Send,
+    read: impl Fn([u8; N]) -> T + Sync,
 ) -> PyResult<Bound<'py, PyAny>> {
     let bytes = tensor.bytes();
     let values = py.detach(|| bytes.as_chunks::<N>().0.iter().map(|b| read(*b)).collect());
@@ -151,10 +163,18 @@ fn native<'py, T: Element + Send, const N: usize>(
 }
 
 /// Values that become an array without a copy.
-pub(crate) fn shaped<'py, T: Element>(py: Python<'py>, values: Vec<T>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn shaped<'py, T: Element>(
+    py: Python<'py>,
+    values: Vec<T>,
+    shape: &[usize],
+) -> PyResult<Bound<'py, PyAny>> {
     let (n, wanted) = (values.len(), shape.iter().product::<usize>());
     if n != wanted {
-        return Err(PyValueError::new_err(format!("{n} values for an array of shape {shape:?}")));
+        return Err(PyValueError::new_err(format!(
+            "{n} values for an array of shape {shape:?}"
+        )));
     }
-    Ok(PyArray1::from_vec(py, values).reshape(shape.to_vec())?.into_any())
+    Ok(PyArray1::from_vec(py, values)
+        .reshape(shape.to_vec())?
+        .into_any())
 }

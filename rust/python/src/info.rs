@@ -8,13 +8,20 @@ use crate::error::{guard, raise};
 
 #[pyfunction]
 pub(crate) fn isas() -> Vec<&'static str> {
-    kbit_simd::Isa::available().into_iter().map(kbit_simd::Isa::name).collect()
+    kbit_simd::Isa::available()
+        .into_iter()
+        .map(kbit_simd::Isa::name)
+        .collect()
 }
 
 #[pyfunction]
 pub(crate) fn isa() -> PyResult<&'static str> {
     let wrong = |e: kbit_simd::IsaError| raise(kbit_tensor::Error::Device(e.to_string()));
-    guard(|| kbit_simd::Isa::chosen().map(kbit_simd::Isa::name).map_err(wrong))
+    guard(|| {
+        kbit_simd::Isa::chosen()
+            .map(kbit_simd::Isa::name)
+            .map_err(wrong)
+    })
 }
 
 #[pyfunction]

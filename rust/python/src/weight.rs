@@ -1,19 +1,19 @@
 //! `Weight`: quantising, loading, saving.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kbit_tensor::{
-    Codebook, CodebookFormat, DType, Error, Keep, KTensor, Offset, QuantizeOptions, Scales, SubScale, ScaleType, Transform, View,
+    Codebook, CodebookFormat, DType, Error, KTensor, Keep, Offset, QuantizeOptions, ScaleType,
+    Scales, SubScale, Transform, View,
 };
 use numpy::{PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use crate::error::{guard, interruptible, raise};
+use crate::error::interruptible;
 use crate::file::{TensorFile, shaped};
 
 #[pyclass(frozen, module = "kbit._core")]
@@ -25,9 +25,10 @@ impl Weight {
     fn k(&self) -> PyResult<&KTensor> {
         match &self.weight {
             kbit_tensor::Weight::Quantised(k) => Ok(k),
-            kbit_tensor::Weight::Dense(t) => {
-                Err(PyValueError::new_err(format!("a dense {} weight has no codes", t.dtype().name())))
-            }
+            kbit_tensor::Weight::Dense(t) => Err(PyValueError::new_err(format!(
+                "a dense {} weight has no codes",
+                t.dtype().name()
+            ))),
         }
     }
 }
@@ -93,7 +94,8 @@ impl Weight {
         let shape = [k.rows(), k.inputs()];
         let codes = interruptible(py, move |_| {
             let (layout, bytes) = (k.layout(), k.bytes());
-            let all = (0..k.rows()).flat_map(|row| (0..k.inputs()).map(move |j| layout.code(bytes, row, j)));
+            let all = (0..k.rows())
+                .flat_map(|row| (0..k.inputs()).map(move |j| layout.code(bytes, row, j)));
             Ok(all.collect::<Vec<u8>>())
         })?;
         shaped(py, codes, &shape)
@@ -114,10 +116,20 @@ impl Weight {
         all.set_item("shape", (k.rows(), k.inputs()))?;
         match k.codebook() {
             // As numbers: a Vec<u8>-like would become bytes.
-            Codebook::I8(entries) => all.set_item("codebook", entries.iter().map(|&e| i32::from(e)).collect::<Vec<_>>())?,
+            Codebook::I8(entries) => all.set_item(
+                "codebook",
+                entries.iter().map(|&e| i32::from(e)).collect::<Vec<_>>(),
+            )?,
             Codebook::F32(entries) => all.set_item("codebook", entries)?,
         }
-        all.set_item("codebook_type", if matches!(k.codebook(), Codebook::I8(_)) { "i8" } else { "f32" })?;
+        all.set_item(
+            "codebook_type",
+            if matches!(k.codebook(), Codebook::I8(_)) {
+                "i8"
+            } else {
+                "f32"
+            },
+        )?;
         all.set_item("scales", scales(py, k.scales())?)?;
         all.set_item("permutation", k.permutation().map(|p| p.to_vec()))?;
         let places = [
@@ -146,7 +158,12 @@ impl Weight {
     }
 
     fn __repr__(&self) -> String {
-        format!("Weight({:?}, {}, {:.3} bits per weight)", self.weight.shape(), self.kind(), self.bits_per_weight())
+        format!(
+            "Weight({:?}, {}, {:.3} bits per weight)",
+            self.weight.shape(),
+            self.kind(),
+            self.bits_per_weight()
+        )
     }
 }
 
@@ -158,7 +175,11 @@ fn kind(k: &KTensor) -> String {
     let scales = match k.scales() {
         Scales::Ladder { block, .. } => format!("ladder{block}"),
         Scales::Row => "row".into(),
-        Scales::Block { block, scale, offset } => {
+        Scales::Block {
+            block,
+            scale,
+            offset,
+        } => {
             let offset = match offset {
                 Offset::None => "",
                 Offset::Min => "+min",
@@ -167,7 +188,11 @@ fn kind(k: &KTensor) -> String {
             format!("block{block} {}{offset}", scale_type(*scale))
         }
         Scales::Super { block, sub, min } => {
-            format!("super{block} {}{}", sub_scale(*sub), if *min { "+min" } else { "" })
+            format!(
+                "super{block} {}{}",
+                sub_scale(*sub),
+                if *min { "+min" } else { "" }
+            )
         }
     };
     format!("{scales} {codebook}")
@@ -233,7 +258,11 @@ fn codebook_format(name: &str) -> PyResult<CodebookFormat> {
 
 /// Stops a row reader when the caller has gone.
 fn unless(cancel: &AtomicBool) -> kbit_tensor::Result<()> {
-    if cancel.load(Ordering::Acquire) { Err(Error::Cancelled) } else { Ok(()) }
+    if cancel.load(Ordering::Acquire) {
+        Err(Error::Cancelled)
+    } else {
+        Ok(())
+    }
 }
 
 #[pyfunction]
@@ -252,7 +281,13 @@ pub(crate) fn quantize(
     let values: Vec<f32> = array.as_array().iter().copied().collect();
     let importance: Option<Vec<f32>> = importance.map(|i| i.as_array().iter().copied().collect());
     let k = interruptible(py, move |cancel| {
-        let options = QuantizeOptions { bits, format, block, importance: importance.as_deref(), threads };
+        let options = QuantizeOptions {
+            bits,
+            format,
+            block,
+            importance: importance.as_deref(),
+            threads,
+        };
         kbit_tensor::quantize_rows(rows, inputs, &options, &|first, out| {
             unless(cancel)?;
             let at = first * inputs;
@@ -260,24 +295,44 @@ pub(crate) fn quantize(
             Ok(())
         })
     })?;
-    Ok(Weight { weight: kbit_tensor::Weight::Quantised(k) })
+    Ok(Weight {
+        weight: kbit_tensor::Weight::Quantised(k),
+    })
 }
 
 /// A transform of `_core.pyi` as the tensor crate has it.
 fn transform(step: &Bound<'_, PyTuple>) -> PyResult<Transform> {
     let name: String = step.get_item(0)?.extract()?;
     let size = |i: usize| step.get_item(i)?.extract::<usize>();
-    let wrong = || PyValueError::new_err(format!("transform '{name}' does not take {} arguments", step.len() - 1));
+    let wrong = || {
+        PyValueError::new_err(format!(
+            "transform '{name}' does not take {} arguments",
+            step.len() - 1
+        ))
+    };
     match (name.as_str(), step.len()) {
         ("rows", 3) => Ok(Transform::Rows(size(1)?, size(2)?)),
         ("transpose", 1) => Ok(Transform::Transpose),
         ("add", 2) => Ok(Transform::Add(step.get_item(1)?.extract()?)),
         ("scale", 2) => Ok(Transform::Scale(step.get_item(1)?.extract()?)),
-        ("permute_rope", 3) => Ok(Transform::PermuteRope { heads: size(1)?, rotary_dim: size(2)? }),
-        ("select", 2) => Ok(Transform::Select { index: size(1)?, axis: 0 }),
-        ("select", 3) => Ok(Transform::Select { index: size(1)?, axis: size(2)? }),
-        ("reshape", 2..) => Ok(Transform::Reshape((1..step.len()).map(size).collect::<PyResult<_>>()?)),
-        ("rows" | "transpose" | "add" | "scale" | "permute_rope" | "select" | "reshape", _) => Err(wrong()),
+        ("permute_rope", 3) => Ok(Transform::PermuteRope {
+            heads: size(1)?,
+            rotary_dim: size(2)?,
+        }),
+        ("select", 2) => Ok(Transform::Select {
+            index: size(1)?,
+            axis: 0,
+        }),
+        ("select", 3) => Ok(Transform::Select {
+            index: size(1)?,
+            axis: size(2)?,
+        }),
+        ("reshape", 2..) => Ok(Transform::Reshape(
+            (1..step.len()).map(size).collect::<PyResult<_>>()?,
+        )),
+        ("rows" | "transpose" | "add" | "scale" | "permute_rope" | "select" | "reshape", _) => {
+            Err(wrong())
+        }
         _ => Err(PyValueError::new_err(format!(
             "transform '{name}': known are rows, transpose, add, scale, permute_rope, select and reshape"
         ))),
@@ -304,29 +359,44 @@ pub(crate) fn load_weight(
         Some("f16") => Keep::Dense(DType::F16),
         Some("bf16") => Keep::Dense(DType::BF16),
         Some(other) => {
-            return Err(PyValueError::new_err(format!("dtype must be 'f32', 'f16' or 'bf16', is '{other}'")));
+            return Err(PyValueError::new_err(format!(
+                "dtype must be 'f32', 'f16' or 'bf16', is '{other}'"
+            )));
         }
     };
     if bits.is_some() && dtype.is_some() {
         return Err(PyValueError::new_err("bits and dtype exclude each other"));
     }
-    let files: Vec<(Arc<kbit_tensor::TensorFile>, String)> =
-        sources.into_iter().map(|(file, name)| (file.get().file.clone(), name)).collect();
+    let files: Vec<(Arc<kbit_tensor::TensorFile>, String)> = sources
+        .into_iter()
+        .map(|(file, name)| (file.get().file.clone(), name))
+        .collect();
     let weight = interruptible(py, move |cancel| {
-        let sources: Vec<(&kbit_tensor::TensorFile, &str)> = files.iter().map(|(f, n)| (&**f, n.as_str())).collect();
+        let sources: Vec<(&kbit_tensor::TensorFile, &str)> =
+            files.iter().map(|(f, n)| (&**f, n.as_str())).collect();
         let Some(bits) = bits else {
             return kbit_tensor::load_weight(&sources, &steps, keep, threads);
         };
         let view = steps.iter().try_fold(View::new(&sources)?, View::apply)?;
         if view.shape().len() != 2 {
-            return Err(Error::Argument(format!("only a matrix can have {bits} bits, this has shape {:?}", view.shape())));
+            return Err(Error::Argument(format!(
+                "only a matrix can have {bits} bits, this has shape {:?}",
+                view.shape()
+            )));
         }
-        let options = QuantizeOptions { bits, format, block, importance: None, threads };
+        let options = QuantizeOptions {
+            bits,
+            format,
+            block,
+            importance: None,
+            threads,
+        };
         let read = |first: usize, out: &mut [f32]| {
             unless(cancel)?;
             view.read_f32(first, out)
         };
-        kbit_tensor::quantize_rows(view.rows(), view.columns(), &options, &read).map(kbit_tensor::Weight::Quantised)
+        kbit_tensor::quantize_rows(view.rows(), view.columns(), &options, &read)
+            .map(kbit_tensor::Weight::Quantised)
     })?;
     Ok(Weight { weight })
 }

@@ -15,7 +15,7 @@ use pyo3::types::{PyDict, PyList, PyMapping};
 
 use crate::error::{SIGNALS, guard, interruptible, raise};
 use crate::file::shaped;
-use crate::weight::Weight;
+use crate::weight::collect;
 
 #[pyclass(frozen, module = "kbit._core")]
 pub(crate) struct Engine {
@@ -27,7 +27,8 @@ pub(crate) struct Engine {
 /// The device of that name.
 fn device(name: &str) -> PyResult<Box<dyn Device>> {
     match name {
-        "reference" => Ok(Box::new(kbit_model::Reference)),
+        // The CPU device stands behind "cpu" as soon as it is there.
+        "cpu" | "reference" => Ok(Box::new(kbit_model::Reference)),
         other => Err(raise(Error::Device(format!(
             "device '{other}': this build has 'reference'"
         )))),
@@ -56,18 +57,6 @@ pub(crate) fn activations(name: &str) -> PyResult<Activations> {
     }
 }
 
-/// A mapping from names to weights, sharing the bytes.
-pub(crate) fn weights(
-    mapping: &Bound<'_, PyMapping>,
-) -> PyResult<BTreeMap<String, kbit_tensor::Weight>> {
-    let mut all = BTreeMap::new();
-    for item in mapping.items()?.iter() {
-        let (name, weight): (String, Py<Weight>) = item.extract()?;
-        all.insert(name, weight.get().weight.clone());
-    }
-    Ok(all)
-}
-
 #[pymethods]
 impl Engine {
     #[new]
@@ -89,7 +78,7 @@ impl Engine {
     ) -> PyResult<Self> {
         let spec: ModelSpec =
             serde_json::from_str(spec).map_err(|e| raise(Error::Format(format!("spec: {e}"))))?;
-        let mut weights = self::weights(weights)?;
+        let mut weights = collect(weights)?;
         let device = self::device(device)?;
         let name = device.name();
         let activations = self::activations(activations)?;

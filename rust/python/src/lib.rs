@@ -19,7 +19,7 @@ mod _core {
     #[pymodule_export]
     use crate::info::{build_info, default_threads, gpu_adapters, isa, isas};
     #[pymodule_export]
-    use crate::weight::{Weight, load_weight, quantize};
+    use crate::weight::{Weight, load_weight, open_checkpoint, quantize, save_checkpoint};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

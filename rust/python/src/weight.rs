@@ -1,6 +1,7 @@
 //! `Weight`: quantising, loading, saving.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +12,7 @@ use kbit_tensor::{
 use numpy::{PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyDict, PyMapping, PyTuple};
 
 use crate::error::interruptible;
 use crate::file::{TensorFile, shaped};
@@ -399,4 +400,45 @@ pub(crate) fn load_weight(
             .map(kbit_tensor::Weight::Quantised)
     })?;
     Ok(Weight { weight })
+}
+
+#[pyfunction]
+pub(crate) fn save_checkpoint(
+    py: Python<'_>,
+    path: PathBuf,
+    spec: String,
+    weights: &Bound<'_, PyMapping>,
+    metadata: BTreeMap<String, String>,
+) -> PyResult<()> {
+    let weights = collect(weights)?;
+    interruptible(py, move |_| {
+        let weights = weights.iter().map(|(name, weight)| (name.as_str(), weight));
+        kbit_tensor::save_checkpoint(path, &spec, weights, &metadata)
+    })
+}
+
+/// (spec, weights, metadata).
+type Opened = (String, BTreeMap<String, Weight>, BTreeMap<String, String>);
+
+#[pyfunction]
+pub(crate) fn open_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Opened> {
+    let saved = interruptible(py, move |_| kbit_tensor::open_checkpoint(path, false))?;
+    let weights = saved
+        .weights
+        .into_iter()
+        .map(|(name, weight)| (name, Weight { weight }))
+        .collect();
+    Ok((saved.spec, weights, saved.metadata))
+}
+
+/// A mapping from names to weights, sharing the bytes.
+pub(crate) fn collect(
+    mapping: &Bound<'_, PyMapping>,
+) -> PyResult<BTreeMap<String, kbit_tensor::Weight>> {
+    let mut all = BTreeMap::new();
+    for item in mapping.items()?.iter() {
+        let (name, weight): (String, Py<Weight>) = item.extract()?;
+        all.insert(name, weight.get().weight.clone());
+    }
+    Ok(all)
 }

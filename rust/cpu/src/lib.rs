@@ -1,1 +1,3 @@
-//! See the crate description.
+//! The CPU device: one file an operation, one thread pool.
+
+pub mod limits;

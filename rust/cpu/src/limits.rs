@@ -1,0 +1,199 @@
+//! What this machine can do at most, measured now: how fast memory is read and how fast integers are multiplied.
+//!
+//! Speeds are reported as fractions of these, from the same run, so that they travel between machines.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
+
+use kbit_simd::{Isa, Simd, SimdOp, dispatch};
+use kbit_tensor::{Bytes, Error, Result};
+
+/// Best of several runs on `threads` threads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Threads that took part.
+    pub threads: usize,
+    /// Memory read with plain loads, 10^9 bytes a second.
+    pub read_plain: f64,
+    /// The same with software prefetch.
+    pub read_prefetched: f64,
+    /// int8 multiply-adds from registers, 10^12 operations a second (one multiply and one add count two).
+    pub int8: f64,
+}
+
+impl Limits {
+    /// The read bandwidth: the better of the two ways.
+    pub fn read(&self) -> f64 {
+        self.read_plain.max(self.read_prefetched)
+    }
+}
+
+/// Measures on `isa` with `threads` threads, reading `bytes` of memory (1 GiB or more to get past the caches) in each of
+/// `runs` runs.
+///
+/// # Errors
+/// [`Error::Argument`] for nothing to do, [`Error::Memory`] without room for `bytes`.
+pub fn measure(isa: Isa, threads: usize, bytes: usize, runs: usize) -> Result<Limits> {
+    if threads == 0 || runs == 0 || bytes < threads * READ {
+        return Err(Error::Argument(format!(
+            "limits: {runs} runs of {bytes} bytes on {threads} threads: each thread reads {READ} at least"
+        )));
+    }
+    let mut memory = Bytes::zeroed(bytes)?;
+    let share = bytes / threads / READ * READ;
+    // Written by the thread that reads it, so that every page exists and lies near.
+    std::thread::scope(|scope| {
+        for part in memory.chunks_mut(share) {
+            scope.spawn(move || part.fill(1));
+        }
+    });
+    let memory = &memory;
+    let read = |ahead| {
+        let seconds = best(threads, runs, &|id| {
+            let part = &memory[id * share..(id + 1) * share];
+            black_box(dispatch(isa, Read { part, ahead }));
+        });
+        (share * threads) as f64 / seconds / 1e9
+    };
+    let rounds = 1 << 18;
+    let seconds = best(threads, runs, &|_| {
+        black_box(dispatch(isa, Multiply { rounds }));
+    });
+    Ok(Limits {
+        threads,
+        read_plain: read(0),
+        read_prefetched: read(1024),
+        int8: (rounds * CHAINS * 128 * threads) as f64 / seconds / 1e12,
+    })
+}
+
+/// Least seconds of `runs` runs of `part` on all threads at once.
+fn best(threads: usize, runs: usize, part: &(dyn Fn(usize) + Sync)) -> f64 {
+    let gate = Barrier::new(threads);
+    let run = |id| {
+        let mut least = f64::INFINITY;
+        for _ in 0..runs {
+            gate.wait();
+            let start = Instant::now();
+            part(id);
+            gate.wait();
+            least = least.min(start.elapsed().as_secs_f64());
+        }
+        least
+    };
+    let run = &run;
+    std::thread::scope(|scope| {
+        for id in 1..threads {
+            scope.spawn(move || run(id));
+        }
+        run(0)
+    })
+}
+
+/// Bytes read in one turn of the loop.
+const READ: usize = 256;
+
+/// Reads everything once; the sum keeps the compiler from skipping it.
+struct Read<'a> {
+    part: &'a [u8],
+    /// Prefetch distance in bytes; 0 for none.
+    ahead: usize,
+}
+
+impl SimdOp for Read<'_> {
+    type Output = i32;
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> i32 {
+        let mut sums = [s.splat_i32(0); 4];
+        for turn in self.part.chunks_exact(READ) {
+            if self.ahead > 0 {
+                for line in 0..4 {
+                    // A prefetch past the end is only a hint.
+                    s.prefetch(turn.as_ptr().wrapping_add(self.ahead + line * 64));
+                }
+            }
+            let words: &[i32] = bytemuck::cast_slice(turn);
+            for (sum, line) in sums.iter_mut().zip(words.chunks_exact(16)) {
+                let line = line.try_into().expect("chunks of 16");
+                *sum = s.add_i32(*sum, s.load_i32(line));
+            }
+        }
+        let [a, b, c, d] = sums;
+        s.reduce_add_i32(s.add_i32(s.add_i32(a, b), s.add_i32(c, d)))
+    }
+}
+
+/// Independent accumulators, enough to hide the latency of the multiply.
+const CHAINS: usize = 8;
+
+/// Integer dot products out of registers.
+struct Multiply {
+    rounds: usize,
+}
+
+impl SimdOp for Multiply {
+    type Output = i32;
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> i32 {
+        let weights = s.weights(s.splat_bytes(black_box(3) ^ S::BIAS));
+        let four = [black_box(1u8); 8];
+        #[allow(unsafe_code, reason = "the trait's contract of 8 readable bytes")]
+        // SAFETY: `four` has 8 bytes.
+        let acts = unsafe { s.acts(four.as_ptr()) };
+        let mut sums = [s.splat_i32(0); CHAINS];
+        for _ in 0..self.rounds {
+            for sum in &mut sums {
+                *sum = s.dot(*sum, weights, acts);
+            }
+        }
+        let mut all = s.splat_i32(0);
+        for sum in sums {
+            all = s.add_i32(all, sum);
+        }
+        s.reduce_add_i32(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_is_measured() {
+        for isa in Isa::available() {
+            let got = measure(isa, 2, 8 << 20, 1).expect("room for 8 MiB");
+            assert!(got.read() > 0.01 && got.int8 > 1e-4, "{isa}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_to_do_is_refused() {
+        assert!(matches!(
+            measure(Isa::Scalar, 0, 1 << 20, 1),
+            Err(Error::Argument(_))
+        ));
+        assert!(matches!(
+            measure(Isa::Scalar, 4, 100, 1),
+            Err(Error::Argument(_))
+        ));
+    }
+
+    #[test]
+    fn the_read_reads_everything() {
+        let bytes = Bytes::copy_of(&[1; 1024]).expect("room");
+        for isa in Isa::available() {
+            assert_eq!(
+                dispatch(
+                    isa,
+                    Read {
+                        part: &bytes,
+                        ahead: 0
+                    }
+                ),
+                0x0101_0101_i32.wrapping_mul(256),
+                "{isa}"
+            );
+        }
+    }
+}

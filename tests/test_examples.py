@@ -34,7 +34,7 @@ def test_example(path, tmp_path):
     assert run(sys.executable, path, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("code", blocks())
+@pytest.mark.parametrize("code", list(blocks()))
 def test_documentation(code, tmp_path):
     run(sys.executable, "-c", code, cwd=tmp_path)
 

@@ -154,7 +154,7 @@ def save(
     spec: ModelSpec,
     weights: Mapping[str, Weight],
     config: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, Any],
     source: Source,
 ) -> None:
     """Writes a model to a directory that loads without work: config, texts, and the weights last.
@@ -174,7 +174,8 @@ def save(
             shutil.copytree(data, target, dirs_exist_ok=True)
         elif not (target.exists() and target.samefile(data)):
             shutil.copyfile(data, target)
-    _core.save_checkpoint(directory / WEIGHTS, spec.to_json(), weights, metadata)
+    strings = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    _core.save_checkpoint(directory / WEIGHTS, spec.to_json(), weights, strings)
 
 
 def _texts(source: Source) -> Iterator[tuple[str, Path | dict[str, Any]]]:

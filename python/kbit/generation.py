@@ -68,13 +68,13 @@ def _overlap(text: str, stop: str) -> int:
 class Stream(Iterator[str]):
     """The pieces of a text as they are generated; `text`, `token_ids` and the rest grow with them.
 
-    Closing it, leaving its `with` block or dropping it ends the generation.
+    Closing it, leaving its `with` block or dropping it ends the generation. Without a decoder there are ids and no text.
     """
 
     def __init__(
         self,
         request: Request,
-        decoder: StreamDecoder,
+        decoder: StreamDecoder | None,
         params: SamplingParams,
         eos: Sequence[int],
         prompt_tokens: int,
@@ -111,7 +111,8 @@ class Stream(Iterator[str]):
             self.close()
             raise
         if tokens is None:
-            piece = self._stops.push(self._decoder.finish()) + self._stops.finish()
+            piece = self._stops.push(self._decoder.finish()) if self._decoder else ""
+            piece += self._stops.finish()
             self.finish_reason = "stop" if self._stops.hit else self._request.finish_reason
             return piece
         piece = ""
@@ -119,7 +120,7 @@ class Stream(Iterator[str]):
             self.token_ids.append(token.id)
             if self.logprobs is not None and token.logprob is not None:
                 self.logprobs.append(TokenLogprob(token.id, token.logprob, token.top))
-            if token.id in self._eos:
+            if token.id in self._eos or self._decoder is None:
                 continue
             piece += self._stops.push(self._decoder.push(token.id))
             if self._stops.hit:

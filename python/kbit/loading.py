@@ -342,7 +342,7 @@ def eos_ids(
 
 _UNITS = (
     {"": 1, "B": 1}
-    | {f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")}
+    | {f"{prefix}{b}": 1000 ** (i + 1) for i, prefix in enumerate("KMGT") for b in ("", "B")}
     | {f"{prefix}IB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")}
 )
 

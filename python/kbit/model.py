@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -318,7 +317,9 @@ class Model:
             raise ValueError("the prompt is empty: there is nothing to continue")
         eos = () if params.ignore_eos else self.eos_token_ids
         eos = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
-        decoder = StreamDecoder(self.tokenizer, continues=True)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop = {params.stop!r}: there is no tokenizer that knows texts")
+        decoder = StreamDecoder(self._tokenizer, continues=True) if self._tokenizer else None
         request = self.engine.submit(
             ids,
             max_new_tokens=params.max_new_tokens,
@@ -411,8 +412,8 @@ class Model:
         if not self.weights:
             raise ValueError(f"{self.name} is closed: there are no weights to save")
         metadata = {
-            "bits": json.dumps(self._options.bits),
-            "bits_per_weight": f"{self.bits_per_weight:.4f}",
+            "bits": self._options.bits,
+            "bits_per_weight": round(self.bits_per_weight, 4),
             "source": Path(self.name).name,
         }
         checkpoint.save(

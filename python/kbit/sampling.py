@@ -127,7 +127,8 @@ class Completion:
     """All generated ids, those of the end included."""
     finish_reason: str
     """`stop` (end of text or a stop string), `length`, `context` or `cancelled`."""
-    timings: Timings
+    timings: Timings = field(compare=False)
+    """Not part of equality: the same text took another time."""
     logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:

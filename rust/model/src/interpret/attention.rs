@@ -1,8 +1,10 @@
 //! Rotation, cache rounding and attention of one token: `docs/numerics.md`, sections 5 and 6.
 
+use std::ops::Range;
+
 use kbit_tensor::program::{CacheLayer, CacheType, Rope};
 
-use super::math::{exp, lane_dot, lane_sum, tanh};
+use super::math::{Function, apply, exp, lane_dot, lane_sum};
 
 /// Keys of a chunk; chunks start at multiples of it.
 const CHUNK: usize = 256;
@@ -71,9 +73,11 @@ impl Attention<'_> {
         for head in 0..self.layer.q_heads {
             let (m, l) = self.head(qkv, head, position, &mut o);
             let row = &mut out[(head * tokens + token) * positions..];
-            for p in self.first(position)..=position {
-                row[p] = exp(self.logit(qkv, head, position, p) - m) / l;
-            }
+            let keys = self.first(position)..position + 1;
+            let mut p = self.logits(qkv, head, position, keys.clone());
+            p.iter_mut().for_each(|p| *p -= m);
+            apply(Function::Exp, &mut p);
+            row[keys].iter_mut().zip(p).for_each(|(w, p)| *w = p / l);
         }
     }
 
@@ -81,20 +85,27 @@ impl Attention<'_> {
         self.window.map_or(0, |w| (position + 1).saturating_sub(w))
     }
 
-    fn at(&self, head: usize, p: usize) -> std::ops::Range<usize> {
+    fn at(&self, head: usize, p: usize) -> Range<usize> {
         let (l, d) = (self.layer, self.layer.head_dim);
         let start = (p * l.kv_heads + head / (l.q_heads / l.kv_heads)) * d;
         start..start + d
     }
 
-    fn logit(&self, qkv: &[f32], head: usize, position: usize, p: usize) -> f32 {
+    /// Logits of the keys `keys`.
+    fn logits(&self, qkv: &[f32], head: usize, position: usize, keys: Range<usize>) -> Vec<f32> {
         let d = self.layer.head_dim;
-        let mut s = lane_dot(&qkv[head * d..][..d], &self.keys[self.at(head, p)]) * self.scale;
+        let q = &qkv[head * d..][..d];
+        let dot = |p| lane_dot(q, &self.keys[self.at(head, p)]) * self.scale;
+        let mut s: Vec<f32> = keys.clone().map(dot).collect();
         if let Some(cap) = self.softcap {
-            s = cap * tanh(s / cap);
+            s.iter_mut().for_each(|s| *s /= cap);
+            apply(Function::Tanh, &mut s);
+            s.iter_mut().for_each(|s| *s *= cap);
         }
         if let Some(slopes) = self.alibi {
-            s += slopes[head] * (p as f32 - position as f32);
+            for (s, p) in s.iter_mut().zip(keys) {
+                *s += slopes[head] * (p as f32 - position as f32);
+            }
         }
         s
     }
@@ -106,14 +117,12 @@ impl Attention<'_> {
         let first = self.first(position);
         for chunk in first / CHUNK..=position / CHUNK {
             let keys = first.max(chunk * CHUNK)..(position + 1).min((chunk + 1) * CHUNK);
-            let s: Vec<f32> = keys
-                .clone()
-                .map(|p| self.logit(qkv, head, position, p))
-                .collect();
+            let s = self.logits(qkv, head, position, keys.clone());
             let m = s.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             // Lanes are told by the position, so keys before the window's start leave a gap of zeros.
             let mut p = vec![0.0; keys.start - chunk * CHUNK];
-            p.extend(s.iter().map(|s| exp(s - m)));
+            p.extend(s.iter().map(|s| s - m));
+            apply(Function::Exp, &mut p[keys.start - chunk * CHUNK..]);
             let l = lane_sum(p.iter().copied());
             let mut o = vec![0f32; out.len()];
             for key in keys {

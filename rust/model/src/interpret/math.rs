@@ -1,5 +1,6 @@
 //! Sums and element functions: `docs/numerics.md`, sections 1 and 5.
 
+use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch, math};
 use kbit_tensor::program::Activation;
 
 /// Section 1: 16 lanes, reduced by halves.
@@ -31,30 +32,56 @@ fn reduce(mut lanes: [f32; 16]) -> f32 {
     lanes[0]
 }
 
-pub(super) fn exp(x: f32) -> f32 {
-    libm::exp(f64::from(x)) as f32
+/// An element function.
+#[derive(Clone, Copy)]
+pub(super) enum Function {
+    Exp,
+    Tanh,
+    Sigmoid,
+    Act(Activation),
 }
 
-pub(super) fn tanh(x: f32) -> f32 {
-    libm::tanh(f64::from(x)) as f32
+/// Section 5 is defined by the scalar code of `kbit_simd`; there is no second copy of its polynomials here.
+struct Apply<'a>(Function, &'a mut [f32]);
+
+impl SimdOp for Apply<'_> {
+    type Output = ();
+
+    fn eval<S: Simd>(self, s: S) {
+        for part in self.1.chunks_mut(LANES) {
+            let x = s.load_part(part);
+            let y = match self.0 {
+                Function::Exp => math::exp(s, x),
+                Function::Tanh => math::tanh(s, x),
+                Function::Sigmoid => math::sigmoid(s, x),
+                Function::Act(act) => activation(s, act, x),
+            };
+            s.store_part(y, part);
+        }
+    }
 }
 
-pub(super) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
-}
-
-fn erf(x: f32) -> f32 {
-    libm::erf(f64::from(x)) as f32
-}
-
-pub(super) fn activate(act: Activation, x: f32) -> f32 {
+fn activation<S: Simd>(s: S, act: Activation, x: S::F32) -> S::F32 {
+    // The order of operands keeps NaN.
+    let positive = |x| s.max(s.splat(0.0), x);
     match act {
         Activation::Identity => x,
-        Activation::Silu => x * sigmoid(x),
-        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-        Activation::GeluTanh => 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))),
-        Activation::QuickGelu => x * sigmoid(1.702 * x),
-        Activation::Relu => x.max(0.0),
-        Activation::Relu2 => x.max(0.0) * x.max(0.0),
+        Activation::Silu => math::silu(s, x),
+        Activation::Gelu => math::gelu(s, x),
+        Activation::GeluTanh => math::gelu_tanh(s, x),
+        Activation::QuickGelu => math::quick_gelu(s, x),
+        Activation::Relu => positive(x),
+        Activation::Relu2 => s.mul(positive(x), positive(x)),
     }
+}
+
+/// Of every element, in place.
+pub(super) fn apply(function: Function, x: &mut [f32]) {
+    dispatch(Isa::Scalar, Apply(function, x));
+}
+
+pub(super) fn exp(x: f32) -> f32 {
+    let mut x = [x];
+    apply(Function::Exp, &mut x);
+    x[0]
 }

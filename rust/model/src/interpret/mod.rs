@@ -17,7 +17,7 @@ use kbit_tensor::program::{
 };
 use kbit_tensor::{Error, Result, Weight};
 
-use math::{activate, lane_sum};
+use math::{Function, apply, exp, lane_sum};
 
 /// The reference device.
 #[derive(Clone, Copy, Debug, Default)]
@@ -351,11 +351,11 @@ impl Interpreter {
                     };
                     for from in buffers[x.0 as usize].chunks_exact(width(*x)).skip(first) {
                         let mut logits = w.linear(linear, from);
-                        for v in &mut logits {
-                            *v *= scale;
-                            if let Some(cap) = softcap {
-                                *v = cap * math::tanh(*v / cap);
-                            }
+                        logits.iter_mut().for_each(|v| *v *= scale);
+                        if let Some(cap) = softcap {
+                            logits.iter_mut().for_each(|v| *v /= cap);
+                            apply(Function::Tanh, &mut logits);
+                            logits.iter_mut().for_each(|v| *v *= cap);
                         }
                         out.output.argmax.push(argmax(&logits));
                         if want.logits {
@@ -408,20 +408,25 @@ fn epilogue_of(epilogue: Epilogue, y: &[Vec<f32>], to: &mut [f32]) {
     let flat = y.iter().flatten();
     match epilogue {
         Epilogue::Store => to.iter_mut().zip(flat).for_each(|(o, y)| *o = *y),
-        Epilogue::Act(act) => to
-            .iter_mut()
-            .zip(flat)
-            .for_each(|(o, y)| *o = activate(act, *y)),
         Epilogue::AddTo { scale } => to.iter_mut().zip(flat).for_each(|(o, y)| *o += scale * y),
+        Epilogue::Act(act) => {
+            to.iter_mut().zip(flat).for_each(|(o, y)| *o = *y);
+            apply(Function::Act(act), to);
+        }
         Epilogue::Gated(act) => {
-            for (o, (gate, up)) in to.iter_mut().zip(y[0].iter().zip(&y[1])) {
-                *o = activate(act, *gate) * up;
-            }
+            to.copy_from_slice(&y[0]);
+            apply(Function::Act(act), to);
+            to.iter_mut().zip(&y[1]).for_each(|(o, up)| *o *= up);
         }
         Epilogue::GatedClamped { alpha, limit } => {
-            for (o, (gate, up)) in to.iter_mut().zip(y[0].iter().zip(&y[1])) {
-                let (g, u) = (gate.min(limit), up.clamp(-limit, limit));
-                *o = g * math::sigmoid(alpha * g) * (u + 1.0);
+            let gate: Vec<f32> = y[0]
+                .iter()
+                .map(|&g| if limit < g { limit } else { g })
+                .collect();
+            to.iter_mut().zip(&gate).for_each(|(o, g)| *o = alpha * g);
+            apply(Function::Sigmoid, to);
+            for ((o, g), up) in to.iter_mut().zip(gate).zip(&y[1]) {
+                *o = g * *o * (up.clamp(-limit, limit) + 1.0);
             }
         }
     }
@@ -431,7 +436,7 @@ fn epilogue_of(epilogue: Epilogue, y: &[Vec<f32>], to: &mut [f32]) {
 fn route(logits: &[f32], top_k: usize, routing: Routing) -> Vec<(usize, f32)> {
     let softmax = |logits: &[f32]| {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let p: Vec<f32> = logits.iter().map(|l| math::exp(l - max)).collect();
+        let p: Vec<f32> = logits.iter().map(|l| exp(l - max)).collect();
         let sum = lane_sum(p.iter().copied());
         p.into_iter().map(|p| p / sum).collect::<Vec<f32>>()
     };

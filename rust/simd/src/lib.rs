@@ -31,4 +31,4 @@ pub mod math;
 mod vector;
 
 pub use dispatch::{Isa, IsaError, SimdOp, dispatch};
-pub use vector::{LANES, Simd};
+pub use vector::{Book, LANES, Simd};

@@ -48,7 +48,7 @@ pub fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
         s.shr_i32(s.add_i32(n, s.splat_i32(256)), 1),
         s.splat_i32(128),
     );
-    let power = |n: S::I32| s.from_bits(s.shl_i32(s.add_i32(n, s.splat_i32(127)), 23));
+    let power = |n: S::I32| s.of_bits(s.shl_i32(s.add_i32(n, s.splat_i32(127)), 23));
     let y = s.mul(s.mul(p, power(half)), power(s.sub_i32(n, half)));
     s.select(s.lt(x, low), s.splat(0.0), y)
 }

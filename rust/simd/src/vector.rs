@@ -8,6 +8,39 @@ use crate::{Isa, SimdOp};
 /// Lanes of an f32 or i32 vector.
 pub const LANES: usize = 16;
 
+/// The images that [`Simd::table`] and [`Simd::ladder`] load: made once a matrix.
+#[derive(Clone, Debug)]
+pub struct Book {
+    /// `codebook[code mod 2^bits]`.
+    pub values: [i8; 256],
+    /// `(codebook[code] * ladder[s] + 64) >> 7` at `code | s << bits`, for up to 4 bits.
+    pub folded: [i8; 256],
+    /// Ladder values.
+    pub ladder: [u8; 16],
+}
+
+impl Book {
+    /// The images of a codebook of `2^bits` entries and a ladder.
+    ///
+    /// # Panics
+    /// When the codebook has another length or `bits` is over 8.
+    pub fn new(bits: usize, codebook: &[i8], ladder: [u8; 16]) -> Self {
+        assert!(
+            bits <= 8 && codebook.len() == 1 << bits,
+            "codebook of {} for {bits} bits",
+            codebook.len()
+        );
+        let values = std::array::from_fn(|i| codebook[i % codebook.len()]);
+        let rung = |i: usize| i32::from(ladder[i >> bits & 15]);
+        let folded = std::array::from_fn(|i| ((i32::from(values[i]) * rung(i) + 64) >> 7) as i8);
+        Self {
+            values,
+            folded,
+            ladder,
+        }
+    }
+}
+
 /// An instruction set. A value of the type exists only where the processor has the instructions, so holding one is the
 /// proof that every method may run; methods are meant to be inlined into a [`Simd::run`] shell.
 ///
@@ -42,8 +75,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const WEIGHT_BYTES: usize;
     /// True when activations are stored as i16 in the order 0, 2, 1, 3 of each four, false for i8 in order.
     const PAIRS: bool;
-    /// Tokens of a matrix-matrix tile.
+    /// Tokens of a matrix-matrix tile: 4, 6 or 12.
     const TILE: usize;
+    /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
+    const PANELS: usize;
 
     /// The token, if this processor has the instructions.
     fn new() -> Option<Self>;
@@ -142,7 +177,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// The bits of floats.
     fn bits(self, a: Self::F32) -> Self::I32;
     /// Floats of bits.
-    fn from_bits(self, a: Self::I32) -> Self::F32;
+    fn of_bits(self, a: Self::I32) -> Self::F32;
 
     // ---- codes
 
@@ -158,14 +193,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn merge(self, mask: u8, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
     /// `max(code + add, floor)` in wrapping bytes, where all three are xored with [`Simd::BIAS`] and compare as that says.
     fn linear(self, code: Self::Bytes, add: Self::Bytes, floor: Self::Bytes) -> Self::Bytes;
-    /// A table of 256 entries; shorter ones repeat.
-    fn table(self, entries: &[u8; 256]) -> Self::Table;
+    /// The codebook, its entries xored with [`Simd::BIAS`].
+    fn table(self, book: &Book) -> Self::Table;
     /// `table[code mod 2^BITS]` of each byte; higher bits of the code are ignored.
     fn lookup<const BITS: usize>(self, table: &Self::Table, code: Self::Bytes) -> Self::Bytes;
     /// Bytes that are weights xored with [`Simd::BIAS`], as the dot product wants them.
     fn weights(self, v: Self::Bytes) -> Self::Weights;
-    /// Codebook (2^BITS entries, repeated to 256) and ladder.
-    fn ladder<const BITS: usize>(self, codebook: &[i8; 256], ladder: &[u8; 16]) -> Self::Ladder;
+    /// Codebook and ladder.
+    fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder;
     /// Ladder indices of 16 rows: the low or the high nibbles.
     fn rungs<const BITS: usize>(
         self,

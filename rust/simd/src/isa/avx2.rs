@@ -8,7 +8,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::{Isa, LANES, Simd, SimdOp};
+use crate::{Book, Isa, LANES, Simd, SimdOp};
 
 /// AVX2, FMA and F16C; with `VNNI` also `vpdpbusd` on 256 bits.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +61,7 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     const WEIGHT_BYTES: usize = if VNNI { 64 } else { 128 };
     const PAIRS: bool = !VNNI;
     const TILE: usize = if VNNI { 6 } else { 4 };
+    const PANELS: usize = 1;
 
     fn new() -> Option<Self> {
         let base = is_x86_feature_detected!("avx2")
@@ -311,7 +312,7 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         unsafe { both!(h => _mm256_castps_si256(a[h])) }
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::I32) -> Self::F32 {
+    fn of_bits(self, a: Self::I32) -> Self::F32 {
         unsafe { both!(h => _mm256_castsi256_ps(a[h])) }
     }
 
@@ -348,16 +349,8 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         }
     }
     #[inline(always)]
-    fn table(self, entries: &[u8; 256]) -> Self::Table {
-        unsafe {
-            let mut table = [_mm256_setzero_si256(); 16];
-            for i in 0..16 {
-                table[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(
-                    entries.as_ptr().add(16 * i).cast(),
-                ));
-            }
-            table
-        }
+    fn table(self, book: &Book) -> Self::Table {
+        table(&book.values, Self::BIAS)
     }
     #[inline(always)]
     fn lookup<const BITS: usize>(self, t: &Self::Table, code: Self::Bytes) -> Self::Bytes {
@@ -393,15 +386,11 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         }
     }
     #[inline(always)]
-    fn ladder<const BITS: usize>(self, codebook: &[i8; 256], ladder: &[u8; 16]) -> Self::Ladder {
-        let mut entries = [0; 256];
-        for i in 0..256 {
-            entries[i] = codebook[i] as u8;
-        }
+    fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
         let ladder =
-            unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(ladder.as_ptr().cast())) };
+            unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(book.ladder.as_ptr().cast())) };
         Ladder {
-            table: self.table(&entries),
+            table: table(&book.values, 0),
             ladder,
         }
     }
@@ -511,5 +500,19 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// 16 registers of 16 repeated entries.
+#[inline(always)]
+fn table(entries: &[i8; 256], xor: u8) -> [__m256i; 16] {
+    unsafe {
+        let mut table = [_mm256_setzero_si256(); 16];
+        for i in 0..16 {
+            let v =
+                _mm256_broadcastsi128_si256(_mm_loadu_si128(entries.as_ptr().add(16 * i).cast()));
+            table[i] = _mm256_xor_si256(v, _mm256_set1_epi8(xor as i8));
+        }
+        table
     }
 }

@@ -8,7 +8,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::{Isa, LANES, Simd, SimdOp};
+use crate::{Book, Isa, LANES, Simd, SimdOp};
 
 /// AVX-512 F, BW, VL, DQ and VNNI; with `VBMI` also byte permutations.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +56,7 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
     const WEIGHT_BYTES: usize = 64;
     const PAIRS: bool = false;
     const TILE: usize = 12;
+    const PANELS: usize = 2;
 
     fn new() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f")
@@ -277,7 +278,7 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
         unsafe { _mm512_castps_si512(a) }
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::I32) -> Self::F32 {
+    fn of_bits(self, a: Self::I32) -> Self::F32 {
         unsafe { _mm512_castsi512_ps(a) }
     }
 
@@ -306,18 +307,8 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
         unsafe { _mm512_max_epu8(_mm512_add_epi8(code, add), floor) }
     }
     #[inline(always)]
-    fn table(self, entries: &[u8; 256]) -> Self::Table {
-        let mut table = [self.splat_bytes(0); 16];
-        for i in 0..16 {
-            table[i] = unsafe {
-                if VBMI {
-                    _mm512_loadu_si512(entries.as_ptr().add(i % 4 * 64).cast())
-                } else {
-                    _mm512_broadcast_i32x4(_mm_loadu_si128(entries.as_ptr().add(i * 16).cast()))
-                }
-            };
-        }
-        table
+    fn table(self, book: &Book) -> Self::Table {
+        table::<VBMI>(&book.values, Self::BIAS)
     }
     #[inline(always)]
     fn lookup<const BITS: usize>(self, t: &Self::Table, code: Self::Bytes) -> Self::Bytes {
@@ -346,23 +337,15 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
         v
     }
     #[inline(always)]
-    fn ladder<const BITS: usize>(self, codebook: &[i8; 256], ladder: &[u8; 16]) -> Self::Ladder {
-        let mut entries = [0; 256];
-        for i in 0..256 {
-            entries[i] = if folds_by_table(VBMI, BITS) {
-                let w8 = (i32::from(codebook[i % (1 << BITS)]) * i32::from(ladder[i >> BITS & 15])
-                    + 64)
-                    >> 7;
-                w8 as u8 ^ Self::BIAS
-            } else {
-                codebook[i] as u8
-            };
-        }
-        let ladder = unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(ladder.as_ptr().cast())) };
-        Ladder {
-            table: self.table(&entries),
-            ladder,
-        }
+    fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
+        let table = if folds_by_table(VBMI, BITS) {
+            table::<VBMI>(&book.folded, Self::BIAS)
+        } else {
+            table::<VBMI>(&book.values, 0)
+        };
+        let ladder =
+            unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(book.ladder.as_ptr().cast())) };
+        Ladder { table, ladder }
     }
     #[inline(always)]
     fn rungs<const BITS: usize>(
@@ -461,5 +444,22 @@ fn lookup_256(t: &[__m512i; 16], index: __m512i, upper: __mmask64) -> __m512i {
         let low = _mm512_permutex2var_epi8(t[0], index, t[1]);
         let high = _mm512_permutex2var_epi8(t[2], index, t[3]);
         _mm512_mask_blend_epi8(upper, low, high)
+    }
+}
+
+/// Four registers of 64 entries with VBMI, 16 of 16 repeated entries without.
+#[inline(always)]
+fn table<const VBMI: bool>(entries: &[i8; 256], xor: u8) -> [__m512i; 16] {
+    unsafe {
+        let mut table = [_mm512_setzero_si512(); 16];
+        for i in 0..16 {
+            let v = if VBMI {
+                _mm512_loadu_si512(entries.as_ptr().add(i % 4 * 64).cast())
+            } else {
+                _mm512_broadcast_i32x4(_mm_loadu_si128(entries.as_ptr().add(i * 16).cast()))
+            };
+            table[i] = _mm512_xor_si512(v, _mm512_set1_epi8(xor as i8));
+        }
+        table
     }
 }

@@ -1,7 +1,7 @@
 //! Plain loops over arrays: the definition, and what runs where nothing better is known.
 
 use crate::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-use crate::{Isa, LANES, Simd, SimdOp};
+use crate::{Book, Isa, LANES, Simd, SimdOp};
 
 /// Any processor.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +34,7 @@ impl Simd for Scalar {
     const WEIGHT_BYTES: usize = 64;
     const PAIRS: bool = false;
     const TILE: usize = 4;
+    const PANELS: usize = 1;
 
     fn new() -> Option<Self> {
         Some(Self(()))
@@ -231,7 +232,7 @@ impl Simd for Scalar {
         each!(LANES, i => a[i].to_bits() as i32)
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::I32) -> Self::F32 {
+    fn of_bits(self, a: Self::I32) -> Self::F32 {
         each!(LANES, i => f32::from_bits(a[i] as u32))
     }
 
@@ -260,8 +261,8 @@ impl Simd for Scalar {
         each!(64, i => (code[i].wrapping_add(add[i]) as i8).max(floor[i] as i8) as u8)
     }
     #[inline(always)]
-    fn table(self, entries: &[u8; 256]) -> Self::Table {
-        *entries
+    fn table(self, book: &Book) -> Self::Table {
+        book.values.map(|v| v as u8)
     }
     #[inline(always)]
     fn lookup<const BITS: usize>(self, table: &Self::Table, code: Self::Bytes) -> Self::Bytes {
@@ -272,8 +273,8 @@ impl Simd for Scalar {
         each!(64, i => v[i] as i8)
     }
     #[inline(always)]
-    fn ladder<const BITS: usize>(self, codebook: &[i8; 256], ladder: &[u8; 16]) -> Self::Ladder {
-        (*codebook, *ladder)
+    fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
+        (book.values, book.ladder)
     }
     #[inline(always)]
     fn rungs<const BITS: usize>(

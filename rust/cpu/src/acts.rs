@@ -1,0 +1,444 @@
+//! Input rows as matrices want them: int8 with one scale per 256 inputs (`docs/numerics.md` section 2), or f32.
+//!
+//! Tokens are grouped in tiles of up to [`Simd::TILE`]; the last tile may be smaller, rounded up to a size that kernels exist
+//! for (missing tokens are zero). Within a tile of n tokens everything that one step of a kernel reads lies together:
+//!
+//! ```text
+//! int8     [inputs / 4][n][4]          i8, or i16 in the order 0, 2, 1, 3 where the instruction set multiplies those
+//! f32      [input mod 4][inputs / 4][n]
+//! scales   [supers][n] f32
+//! sums     [supers][31][n] i32         of 16 blocks of 16 inputs, 8 of 32, 4 of 64, 2 of 128, 1 of 256; or [supers][1][n]
+//! starts   as sums: -128 times the sum, where the dot product takes weights plus 128
+//! ```
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch};
+use kbit_tensor::{Bytes, CHUNK, Error, Result, SUPER};
+
+/// Sums kept per super-block: blocks of 16, 32, 64, 128 and 256 inputs.
+pub(crate) const SUMS: usize = 31;
+
+/// Where the sums of blocks of `block` inputs start among the 31.
+pub(crate) const fn sum_at(block: usize) -> usize {
+    match block {
+        16 => 0,
+        32 => 16,
+        64 => 24,
+        128 => 28,
+        _ => 30,
+    }
+}
+
+/// How numbers are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// int8 per token and 256 inputs.
+    Int8 {
+        /// With the sums of every block of 16 to 256 inputs, not of 256 only.
+        sums: bool,
+    },
+    /// As they are.
+    F32,
+}
+
+/// What a matrix wants of its input rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Input {
+    /// How numbers are stored.
+    pub form: Form,
+    /// Numbers a row.
+    pub inputs: usize,
+    /// Number j of the stored row is number `permutation[j]` of the given one.
+    pub permutation: Option<Arc<[u32]>>,
+}
+
+/// What the layout needs to know of an instruction set.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    tile: usize,
+    pairs: bool,
+    bias: bool,
+}
+
+/// The smallest tile kernels exist for that holds `n` tokens.
+pub(crate) fn padded_tile(n: usize) -> usize {
+    match n {
+        0..=2 => n,
+        3..=4 => 4,
+        5..=6 => 6,
+        7..=8 => 8,
+        _ => 12,
+    }
+}
+
+/// Rows of a step in the form one kind of matrix wants. Reused from step to step; memory only grows.
+#[derive(Debug)]
+pub struct Acts {
+    isa: Isa,
+    shape: Shape,
+    input: Input,
+    tokens: usize,
+    data: Room,
+    scales: Room,
+    sums: Room,
+    starts: Room,
+}
+
+/// Memory that threads fill in parts: `at` is taken once from the exclusive owner.
+#[derive(Debug)]
+struct Room {
+    bytes: Bytes,
+    at: *mut u8,
+}
+
+impl Room {
+    fn new(len: usize) -> Result<Self> {
+        let mut bytes = Bytes::zeroed(len)?;
+        let at = bytes.as_mut_ptr();
+        Ok(Self { bytes, at })
+    }
+}
+
+// SAFETY: `at` points into `bytes`, which owns its memory.
+unsafe impl Send for Room {}
+// SAFETY: writing through `at` is only done by `Acts::fill`, whose caller keeps threads apart.
+unsafe impl Sync for Room {}
+
+/// One tile, as kernels read it.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub data: *mut u8,
+    pub scales: *mut f32,
+    pub sums: *mut i32,
+    pub starts: *mut i32,
+    /// Tokens, without the padding.
+    pub tokens: usize,
+    /// With it.
+    pub padded: usize,
+    /// Sums a super-block and token: 1 or 31.
+    pub per_super: usize,
+}
+
+impl Acts {
+    /// Room for nothing yet.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] without any memory at all.
+    pub fn new() -> Result<Self> {
+        let none = || Room::new(0);
+        Ok(Self {
+            isa: Isa::Scalar,
+            shape: Shape {
+                tile: 4,
+                pairs: false,
+                bias: false,
+            },
+            input: Input {
+                form: Form::F32,
+                inputs: 0,
+                permutation: None,
+            },
+            tokens: 0,
+            data: none()?,
+            scales: none()?,
+            sums: none()?,
+            starts: none()?,
+        })
+    }
+
+    /// Makes room for `tokens` rows as `input` says, for kernels of `isa`. What was there is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] without room, [`Error::Argument`] for sizes past the address space.
+    pub fn reserve(&mut self, isa: Isa, input: &Input, tokens: usize) -> Result<()> {
+        self.isa = isa;
+        self.shape = dispatch(isa, ShapeOf);
+        self.tokens = tokens;
+        if self.input != *input {
+            self.input = input.clone();
+        }
+        let last = tokens % self.shape.tile;
+        let padded = tokens - last + padded_tile(last).min(self.shape.tile);
+        let too_large = || {
+            Error::Argument(format!(
+                "{tokens} rows of {} activations are too many",
+                input.inputs
+            ))
+        };
+        let grow = |room: &mut Room, per_token: usize| {
+            let wanted = padded.checked_mul(per_token).ok_or_else(too_large)?;
+            if room.bytes.len() < wanted {
+                *room = Room::new(wanted)?;
+            }
+            Ok::<(), Error>(())
+        };
+        let (data, scales) = (self.data_bytes(), self.supers() * 4);
+        let sums = scales * self.per_super();
+        grow(&mut self.data, data)?;
+        if let Form::Int8 { .. } = input.form {
+            grow(&mut self.scales, scales)?;
+            grow(&mut self.sums, sums)?;
+            grow(&mut self.starts, sums)?;
+        }
+        Ok(())
+    }
+
+    /// Rows.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The instruction set whose kernels may read this.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// What the rows were made for.
+    pub fn input(&self) -> &Input {
+        &self.input
+    }
+
+    /// Tiles to [`fill`](Self::fill), each a unit of work.
+    pub fn tiles(&self) -> usize {
+        self.tokens.div_ceil(self.shape.tile)
+    }
+
+    /// Converts the rows of `tiles`: row t starts at `x + t * stride`.
+    ///
+    /// # Safety
+    /// Rows `0..tokens` of `inputs` f32 at `stride` are readable; no two threads fill one tile at a time, and none reads
+    /// (see `Matrix::run`) before all are filled and the threads have synchronised.
+    pub unsafe fn fill(&self, x: *const f32, stride: usize, tiles: Range<usize>) {
+        let tiles = tiles.start..tiles.end.min(self.tiles());
+        dispatch(
+            self.isa,
+            Fill {
+                acts: self,
+                x,
+                stride,
+                tiles,
+            },
+        );
+    }
+
+    /// Converts all rows of `x`, `stride` numbers apart.
+    ///
+    /// # Panics
+    /// When `x` is too short.
+    pub fn fill_all(&mut self, x: &[f32], stride: usize) {
+        let wanted = self
+            .tokens
+            .checked_sub(1)
+            .map_or(0, |rows| rows * stride + self.input.inputs);
+        assert!(
+            x.len() >= wanted,
+            "rows: {wanted} numbers wanted, {} given",
+            x.len()
+        );
+        // SAFETY: the length was just checked, and `&mut self` makes this the only use.
+        unsafe { self.fill(x.as_ptr(), stride, 0..self.tiles()) }
+    }
+
+    pub(crate) fn supers(&self) -> usize {
+        self.input.inputs.div_ceil(SUPER)
+    }
+
+    fn per_super(&self) -> usize {
+        if self.input.form == (Form::Int8 { sums: true }) {
+            SUMS
+        } else {
+            1
+        }
+    }
+
+    fn data_bytes(&self) -> usize {
+        let padded = self.input.inputs.next_multiple_of(CHUNK);
+        match self.input.form {
+            Form::Int8 { .. } => padded * if self.shape.pairs { 2 } else { 1 },
+            Form::F32 => padded * 4,
+        }
+    }
+
+    pub(crate) fn tile(&self, tile: usize) -> Tile {
+        let first = tile * self.shape.tile;
+        let tokens = self.shape.tile.min(self.tokens - first);
+        let at = |room: &Room, per_token: usize| room.at.wrapping_add(first * per_token);
+        Tile {
+            data: at(&self.data, self.data_bytes()),
+            scales: at(&self.scales, self.supers() * 4).cast(),
+            sums: at(&self.sums, self.supers() * self.per_super() * 4).cast(),
+            starts: at(&self.starts, self.supers() * self.per_super() * 4).cast(),
+            tokens,
+            padded: padded_tile(tokens).min(self.shape.tile),
+            per_super: self.per_super(),
+        }
+    }
+}
+
+struct ShapeOf;
+impl SimdOp for ShapeOf {
+    type Output = Shape;
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) -> Shape {
+        Shape {
+            tile: S::TILE,
+            pairs: S::PAIRS,
+            bias: S::BIAS != 0,
+        }
+    }
+}
+
+struct Fill<'a> {
+    acts: &'a Acts,
+    x: *const f32,
+    stride: usize,
+    tiles: Range<usize>,
+}
+
+impl SimdOp for Fill<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let a = self.acts;
+        let n = a.input.inputs;
+        let mut gathered = vec![0.0; if a.input.permutation.is_some() { n } else { 0 }];
+        for index in self.tiles {
+            let tile = a.tile(index);
+            for token in 0..tile.padded {
+                // SAFETY: rows below `tokens` are readable and `n` long, as the caller of `fill` says.
+                let mut row = unsafe {
+                    let at = self
+                        .x
+                        .wrapping_add((index * a.shape.tile + token) * self.stride);
+                    if token < tile.tokens {
+                        std::slice::from_raw_parts(at, n)
+                    } else {
+                        &[][..]
+                    }
+                };
+                if let (Some(p), false) = (&a.input.permutation, row.is_empty()) {
+                    for (to, &from) in gathered.iter_mut().zip(p.iter()) {
+                        *to = row[from as usize];
+                    }
+                    row = &gathered;
+                }
+                // SAFETY: the tile has room for `padded` tokens; the caller of `fill` gives it to this thread alone.
+                unsafe {
+                    match a.input.form {
+                        Form::F32 => store_f32(&tile, token, row, n),
+                        Form::Int8 { .. } => quantise(s, a, &tile, token, row),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `tile` is writable here and `token` one of it.
+unsafe fn store_f32(tile: &Tile, token: usize, row: &[f32], inputs: usize) {
+    let (to, quarter) = (tile.data.cast::<f32>(), inputs.next_multiple_of(CHUNK) / 4);
+    for i in 0..inputs {
+        let at = ((i % 4) * quarter + i / 4) * tile.padded + token;
+        // SAFETY: i is below the padded inputs.
+        unsafe { to.add(at).write(row.get(i).copied().unwrap_or(0.0)) }
+    }
+}
+
+/// One row into int8, its scales and sums; an empty row is zero.
+///
+/// # Safety
+/// `tile` is writable here and `token` one of it.
+#[inline(always)]
+unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, row: &[f32]) {
+    let inputs = a.input.inputs.next_multiple_of(CHUNK);
+    let data = tile.data;
+    for sup in 0..a.supers() {
+        let block = row.get(sup * SUPER..).unwrap_or(&[]);
+        let block = &block[..block.len().min(SUPER)];
+        let (whole, rest) = block.as_chunks::<LANES>();
+        // A difference of equal finite numbers is 0, else NaN: `odd` turns NaN with the first value that is not finite.
+        let (mut peak, mut odd) = (s.splat(0.0), s.splat(0.0));
+        for x in whole {
+            let v = s.load(x);
+            peak = s.max(s.abs(v), peak);
+            odd = s.add(odd, s.sub(v, v));
+        }
+        let v = s.load_part(rest);
+        peak = s.max(s.abs(v), peak);
+        odd = s.add(odd, s.sub(v, v));
+        let amax = s.reduce_max(peak);
+        let finite = !s.reduce_add(odd).is_nan();
+        let live = finite && amax > 1e-30;
+        let scale = if live {
+            amax / 127.0
+        } else if finite {
+            0.0
+        } else {
+            f32::NAN
+        };
+        let inverse = s.splat(if live { 127.0 / amax } else { 0.0 });
+        // SAFETY: `sup` and `token` are in the tile.
+        unsafe { tile.scales.add(sup * tile.padded + token).write(scale) }
+
+        let mut sums = [0; SUMS];
+        let mut total = s.splat_i32(0);
+        for j in 0..SUPER.min(inputs - sup * SUPER) / LANES {
+            let v = match whole.get(j) {
+                Some(x) => s.load(x),
+                None if j == whole.len() => s.load_part(rest),
+                None => s.splat(0.0),
+            };
+            let q = if live {
+                s.to_i32(s.mul(v, inverse))
+            } else {
+                s.splat_i32(0)
+            };
+            if tile.per_super == 1 {
+                total = s.add_i32(total, q);
+            } else {
+                sums[j] = s.reduce_add_i32(q);
+            }
+            let mut bytes = [0i8; LANES];
+            s.store_i8(q, &mut bytes);
+            let group = (sup * SUPER + j * LANES) / 4;
+            for g in 0..4 {
+                let four = &bytes[4 * g..4 * g + 4];
+                let at = (group + g) * tile.padded + token;
+                // SAFETY: the group is below the padded inputs.
+                unsafe {
+                    if S::PAIRS {
+                        let pairs = [four[0], four[2], four[1], four[3]].map(i16::from);
+                        data.cast::<[i16; 4]>().add(at).write_unaligned(pairs);
+                    } else {
+                        data.cast::<[i8; 4]>()
+                            .add(at)
+                            .write_unaligned([four[0], four[1], four[2], four[3]]);
+                    }
+                }
+            }
+        }
+        let keep = |index: usize, sum: i32| {
+            let at = (sup * tile.per_super + index) * tile.padded + token;
+            // SAFETY: index is below the sums of a super-block.
+            unsafe {
+                tile.sums.add(at).write(sum);
+                tile.starts
+                    .add(at)
+                    .write(if a.shape.bias { -128 * sum } else { 0 });
+            }
+        };
+        if tile.per_super == 1 {
+            keep(0, s.reduce_add_i32(total));
+        } else {
+            for i in 16..SUMS {
+                sums[i] = sums[2 * (i - 16)] + sums[2 * (i - 16) + 1];
+            }
+            for (i, &sum) in sums.iter().enumerate() {
+                keep(i, sum);
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! One token: every weight is read once, decoded in registers and multiplied at once.
+
+use std::ops::Range;
+
+use kbit_simd::{Simd, SimdOp};
+use kbit_tensor::{CHUNK, KLayout, SUPER};
+
+use super::Out;
+use super::codes::{Decode, Decoder, Panels, with_decode};
+use super::scales::{Scale, Sums};
+use crate::acts::Tile;
+
+/// How far ahead of the codes in use the next ones are asked for, in bytes.
+const AHEAD: usize = 3072;
+/// Code vectors of a quarter chunk: 16 inputs, the smallest block.
+const QUARTER: usize = 4;
+
+/// Panels `panels` for the one token of `tile`.
+#[inline(always)]
+pub(super) fn run<S: Simd>(
+    s: S,
+    source: &Panels<'_>,
+    decoder: &Decoder,
+    scale: &Scale,
+    tile: &Tile,
+    panels: Range<usize>,
+    out: Out,
+) {
+    macro_rules! bits {
+        ($bits:tt) => {{
+            macro_rules! block {
+                ($D:ty, $decode:expr, $block:literal) => {
+                    s.run(Direct::<S, $D, $block> {
+                        decode: $decode,
+                        source,
+                        scale,
+                        tile,
+                        panels,
+                        out,
+                        s,
+                    })
+                };
+            }
+            macro_rules! method {
+                ($D:ty, $decode:expr) => {
+                    match scale.unrolled() {
+                        16 => block!($D, $decode, 16),
+                        32 => block!($D, $decode, 32),
+                        64 => block!($D, $decode, 64),
+                        _ => block!($D, $decode, 256),
+                    }
+                };
+            }
+            with_decode!(S, s, decoder, $bits, method)
+        }};
+    }
+    match decoder.bits {
+        2 => bits!(2),
+        3 => bits!(3),
+        4 => bits!(4),
+        5 => bits!(5),
+        6 => bits!(6),
+        7 => bits!(7),
+        _ => bits!(8),
+    }
+}
+
+struct Direct<'a, S: Simd, D: Decode<S>, const BLOCK: usize> {
+    s: S,
+    decode: D,
+    source: &'a Panels<'a>,
+    scale: &'a Scale,
+    tile: &'a Tile,
+    panels: Range<usize>,
+    out: Out,
+}
+
+/// State within a panel.
+struct State<S: Simd> {
+    sums: Sums<S, 1, 1>,
+    /// Partial sums of the block; several, so that the next dot product need not wait for the last.
+    dots: [S::I32; 4],
+}
+
+impl<S: Simd, D: Decode<S>, const BLOCK: usize> SimdOp for Direct<'_, S, D, BLOCK> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<T: Simd>(self, _: T) {
+        let s = self.s;
+        let layout = self.source.layout;
+        let chunk_bytes = D::BITS * 128;
+        // What lies before the codes of a panel is asked for evenly over its chunks.
+        let extra = layout.codes_at.div_ceil(64).div_ceil(layout.chunks);
+        for panel in self.panels.clone() {
+            let at = self.source.at(panel);
+            let mut ahead = at.wrapping_add(AHEAD);
+            let mut state = State {
+                sums: Sums::new(s),
+                dots: [s.splat_i32(0); 4],
+            };
+            for sup in 0..layout.supers {
+                for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
+                    for line in 0..2 * D::BITS {
+                        s.prefetch(ahead.wrapping_add(line * 64));
+                    }
+                    ahead = ahead.wrapping_add(chunk_bytes);
+                    for _ in 0..extra {
+                        s.prefetch(ahead);
+                        ahead = ahead.wrapping_add(64);
+                    }
+                    // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
+                    unsafe { self.chunk(layout, at, chunk, &mut state) }
+                }
+                // SAFETY: as above.
+                unsafe {
+                    state
+                        .sums
+                        .end_super::<BLOCK>(s, self.scale, layout, &[at], self.tile, sup)
+                }
+            }
+            // SAFETY: `Matrix::run` has this part of the output to itself.
+            let part = unsafe { self.out.part(0, panel) };
+            s.store_part(state.sums.y[0][0], part);
+        }
+    }
+}
+
+impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
+    /// Inputs of a block.
+    #[inline(always)]
+    fn block(&self) -> usize {
+        if BLOCK < 64 {
+            BLOCK
+        } else if BLOCK == SUPER {
+            SUPER
+        } else {
+            self.scale.block
+        }
+    }
+
+    /// One chunk of 64 inputs, unrolled: shifts are immediates.
+    ///
+    /// # Safety
+    /// `at` is a panel of `layout` and `chunk` one of its chunks.
+    #[inline(always)]
+    unsafe fn chunk(&self, layout: &KLayout, at: *const u8, chunk: usize, state: &mut State<S>) {
+        let s = self.s;
+        // SAFETY: as the caller says.
+        unsafe {
+            let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
+            let acts = self
+                .tile
+                .data
+                .add(chunk * CHUNK * if S::PAIRS { 2 } else { 1 });
+            let mut block = self.decode.block(s, layout, at, chunk, 0);
+            macro_rules! vector {
+                ($g:expr) => {{
+                    let w = self.decode.vector::<{ $g }>(s, &block, codes);
+                    let a = s.acts(acts.add($g * 4 * if S::PAIRS { 2 } else { 1 }));
+                    let chain = if BLOCK == SUPER { $g % 4 } else { $g % 2 };
+                    state.dots[chain] = s.dot(state.dots[chain], w, a);
+                }};
+            }
+            macro_rules! quarter {
+                ($q:literal) => {{
+                    if $q > 0 && $q * 16 % D::BLOCK == 0 {
+                        block = self.decode.block(s, layout, at, chunk, $q);
+                    }
+                    if $q * 16 % BLOCK.min(64) == 0 {
+                        self.begin(state, chunk, $q);
+                    }
+                    vector!($q * QUARTER);
+                    vector!($q * QUARTER + 1);
+                    vector!($q * QUARTER + 2);
+                    vector!($q * QUARTER + 3);
+                    if ($q + 1) * 16 % BLOCK.min(64) == 0 {
+                        self.end(layout, at, state, chunk, $q);
+                    }
+                }};
+            }
+            quarter!(0);
+            quarter!(1);
+            quarter!(2);
+            quarter!(3);
+        }
+    }
+
+    /// Before a quarter: starts the sums of a block, if one begins here.
+    ///
+    /// # Safety
+    /// As [`Direct::chunk`].
+    #[inline(always)]
+    unsafe fn begin(&self, state: &mut State<S>, chunk: usize, quarter: usize) {
+        let input = chunk * CHUNK + quarter * 16;
+        if BLOCK <= 32 || input % self.block() == 0 {
+            let zero = self.s.splat_i32(0);
+            // SAFETY: as the caller says.
+            let start = unsafe {
+                Sums::<S, 1, 1>::start(self.s, self.tile, self.block(), input / self.block())
+            };
+            state.dots = [start[0], zero, zero, zero];
+        }
+    }
+
+    /// After a quarter: takes the sums of a block, if one ends here.
+    ///
+    /// # Safety
+    /// As [`Direct::chunk`].
+    #[inline(always)]
+    unsafe fn end(
+        &self,
+        layout: &KLayout,
+        at: *const u8,
+        state: &mut State<S>,
+        chunk: usize,
+        quarter: usize,
+    ) {
+        let (s, next) = (self.s, chunk * CHUNK + quarter * 16 + 16);
+        if BLOCK <= 32 || next % self.block() == 0 || next == layout.chunks * CHUNK {
+            let [a, b, c, d] = state.dots;
+            let mut dot = s.add_i32(a, b);
+            if BLOCK == SUPER {
+                dot = s.add_i32(dot, s.add_i32(c, d));
+            }
+            let block = (next - 1) / self.block();
+            // SAFETY: as the caller says.
+            unsafe {
+                state
+                    .sums
+                    .settle::<BLOCK>(s, self.scale, layout, &[at], self.tile, block, &[[dot]])
+            }
+        }
+    }
+}

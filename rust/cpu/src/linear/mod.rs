@@ -1,0 +1,271 @@
+//! Matrix products: `y = W x` for k-bit and dense W and any number of tokens, exactly as `docs/numerics.md` says.
+//!
+//! ```text
+//! Matrix::prepare(weight)      once: tables, or 16-row panels of a dense array
+//! Acts::reserve, Acts::fill    per step: input rows in the form Matrix::input() names
+//! Matrix::run(acts, panels)    any thread, any range of 16-row panels
+//! ```
+//!
+//! | file | what |
+//! |---|---|
+//! | `codes.rs` | a code vector of 16 rows x 4 inputs out of bit planes, as int8 weights |
+//! | `scales.rs` | from exact int32 sums to f32: one function for every scale kind and kernel |
+//! | `direct.rs` | one token: decode in registers, read every weight once |
+//! | `tiles.rs` | more tokens: decode a part of a panel into L1, multiply it with every tile of tokens |
+//! | `float.rs` | dense weights, f32 codebooks and f32 activations |
+//! | `trace.rs` | which kernels ran |
+
+mod codes;
+mod direct;
+mod float;
+mod scales;
+mod tiles;
+pub mod trace;
+
+use std::ops::Range;
+
+use kbit_simd::{Book, Simd, SimdOp, dispatch};
+use kbit_tensor::program::Activations;
+use kbit_tensor::{Codebook, KTensor, ROWS, Result, Scales, Weight};
+
+use crate::acts::{Acts, Form, Input};
+use codes::Decoder;
+use float::Dense;
+use scales::Scale;
+
+/// A weight, ready to be multiplied.
+#[derive(Debug)]
+pub struct Matrix {
+    store: Store,
+    input: Input,
+    rows: usize,
+    inputs: usize,
+}
+
+#[derive(Debug)]
+enum Store {
+    /// Int8 path: panels as stored.
+    Codes {
+        weight: KTensor,
+        decoder: Decoder,
+        scale: Scale,
+    },
+    /// Float path of a k-bit matrix.
+    Floats(KTensor),
+    /// Float path of an array.
+    Dense(Dense),
+}
+
+/// Where results go: row t of the output starts at `at + t * stride`; output feature r is number r of a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    pub at: *mut f32,
+    pub stride: usize,
+    pub rows: usize,
+}
+
+impl Out {
+    /// The part of row `token` that belongs to `panel`, shorter than 16 at the end.
+    ///
+    /// # Safety
+    /// As [`Matrix::run`]; the slice must not outlive the store it is for.
+    #[inline(always)]
+    unsafe fn part<'a>(self, token: usize, panel: usize) -> &'a mut [f32] {
+        let n = ROWS.min(self.rows - panel * ROWS);
+        // SAFETY: inside the output, which this panel's thread has to itself.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.at.add(token * self.stride + panel * ROWS), n)
+        }
+    }
+}
+
+impl Matrix {
+    /// Binds a weight of shape (out_features, in_features). K-bit panels are used where they lie; dense arrays are copied
+    /// into panels of 16 rows in their own type (f32, f16, bf16; others as f32).
+    ///
+    /// # Errors
+    /// [`Error::Format`](kbit_tensor::Error::Format) for arrays that are not matrices,
+    /// [`Error::Memory`](kbit_tensor::Error::Memory) without room for panels.
+    pub fn prepare(weight: &Weight, activations: Activations) -> Result<Self> {
+        match weight {
+            Weight::Dense(array) => {
+                let dense = Dense::new(array)?;
+                let (rows, inputs) = (dense.rows, dense.inputs);
+                let input = Input {
+                    form: Form::F32,
+                    inputs,
+                    permutation: None,
+                };
+                Ok(Self {
+                    store: Store::Dense(dense),
+                    input,
+                    rows,
+                    inputs,
+                })
+            }
+            Weight::Quantised(k) => {
+                let (rows, inputs) = (k.rows(), k.inputs());
+                let (store, form) = match (k.codebook(), activations) {
+                    (Codebook::I8(codebook), Activations::Int8) => {
+                        let ladder = match k.scales() {
+                            Scales::Ladder { ladder, .. } => *ladder,
+                            _ => [128; 16],
+                        };
+                        let scale = Scale::of(k);
+                        let decoder = Decoder::new(Book::new(k.bits(), codebook, ladder), k);
+                        let sums = scale.wants_sums();
+                        (
+                            Store::Codes {
+                                weight: k.clone(),
+                                decoder,
+                                scale,
+                            },
+                            Form::Int8 { sums },
+                        )
+                    }
+                    _ => (Store::Floats(k.clone()), Form::F32),
+                };
+                let permutation = k.permutation().cloned();
+                Ok(Self {
+                    store,
+                    input: Input {
+                        form,
+                        inputs,
+                        permutation,
+                    },
+                    rows,
+                    inputs,
+                })
+            }
+        }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Panels of 16 rows: the unit in which threads share the work.
+    pub fn panels(&self) -> usize {
+        self.rows.div_ceil(ROWS)
+    }
+
+    /// What [`Acts`] must hold for this matrix. Matrices with equal inputs can share them.
+    pub fn input(&self) -> &Input {
+        &self.input
+    }
+
+    /// Bytes read when every weight is used once.
+    pub fn nbytes(&self) -> usize {
+        match &self.store {
+            Store::Codes { weight, .. } | Store::Floats(weight) => weight.nbytes(),
+            Store::Dense(dense) => dense.nbytes(),
+        }
+    }
+
+    /// Writes output features `16 * panels.start .. 16 * panels.end` (as far as there are) of every token:
+    /// feature r of token t at `out + t * stride + r`. The result does not depend on how panels are split.
+    ///
+    /// # Panics
+    /// When `acts` were made for another [`Input`] or `panels` are out of range.
+    ///
+    /// # Safety
+    /// Those places are writable and no other thread uses them; `acts` are filled.
+    pub unsafe fn run(&self, acts: &Acts, panels: Range<usize>, out: *mut f32, stride: usize) {
+        assert!(
+            *acts.input() == self.input,
+            "activations made for {:?}, wanted {:?}",
+            acts.input(),
+            self.input
+        );
+        assert!(
+            panels.end <= self.panels(),
+            "panels {panels:?} of {}",
+            self.panels()
+        );
+        if panels.is_empty() || acts.tokens() == 0 {
+            return;
+        }
+        trace::count(|| format!("{} {} m{}", self.kind(), acts.isa(), acts.tokens()));
+        dispatch(
+            acts.isa(),
+            Run {
+                matrix: self,
+                acts,
+                panels,
+                out: Out {
+                    at: out,
+                    stride,
+                    rows: self.rows,
+                },
+            },
+        );
+    }
+
+    /// All of [`Matrix::run`] on this thread: `x` (tokens, inputs), gives (tokens, rows).
+    ///
+    /// # Errors
+    /// [`Error::Memory`](kbit_tensor::Error::Memory) without room for activations.
+    pub fn multiply(&self, isa: kbit_simd::Isa, x: &[f32]) -> Result<Vec<f32>> {
+        let tokens = x.len() / self.inputs;
+        let mut acts = Acts::new()?;
+        acts.reserve(isa, &self.input, tokens)?;
+        acts.fill_all(x, self.inputs);
+        let mut out = vec![0.0; tokens * self.rows];
+        // SAFETY: `out` has a place for every token and row, and only this thread writes.
+        unsafe { self.run(&acts, 0..self.panels(), out.as_mut_ptr(), self.rows) };
+        Ok(out)
+    }
+
+    /// For traces: width and scale kind.
+    fn kind(&self) -> String {
+        match &self.store {
+            Store::Codes { weight, scale, .. } => format!("k{} {}", weight.bits(), scale.name()),
+            Store::Floats(weight) => format!("k{} float", weight.bits()),
+            Store::Dense(dense) => format!("dense {}", dense.dtype.name()),
+        }
+    }
+}
+
+struct Run<'a> {
+    matrix: &'a Matrix,
+    acts: &'a Acts,
+    panels: Range<usize>,
+    out: Out,
+}
+
+impl SimdOp for Run<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let Self {
+            matrix,
+            acts,
+            panels,
+            out,
+        } = self;
+        match &matrix.store {
+            Store::Codes {
+                weight,
+                decoder,
+                scale,
+            } => {
+                let source = codes::Panels::new(weight);
+                if acts.tokens() == 1 {
+                    direct::run(s, &source, decoder, scale, &acts.tile(0), panels, out);
+                } else {
+                    tiles::run(s, &source, decoder, scale, acts, panels, out);
+                }
+            }
+            Store::Floats(weight) => {
+                float::run(s, &float::Source::Quantised(weight), acts, panels, out)
+            }
+            Store::Dense(dense) => float::run(s, &float::Source::Dense(dense), acts, panels, out),
+        }
+    }
+}

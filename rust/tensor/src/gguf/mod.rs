@@ -3,10 +3,12 @@
 mod read;
 mod types;
 mod value;
+mod write;
 
 pub(crate) use read::read;
 pub use types::GgmlType;
 pub use value::{Array, Strings, Value};
+pub(crate) use write::{Planned, write};
 
 use crate::file::TensorInfo;
 

@@ -288,6 +288,15 @@ impl Format {
         }
     }
 
+    /// Whether the sub-scales of a block fit the bits that the type has for them.
+    pub(super) fn holds(&self, block: &Block) -> bool {
+        match self.subs {
+            Subs::None | Subs::Nibbles | Subs::Signed => true,
+            Subs::Six | Subs::HighLow => block.subs.iter().all(|s| (-32..32).contains(&(*s as i8))),
+            Subs::SixWithMin => block.subs.iter().chain(&block.mins).all(|s| *s < 64),
+        }
+    }
+
     fn scale_type(&self) -> Option<ScaleType> {
         match self.scales {
             Scales::Block { scale, .. } => Some(scale),

@@ -257,3 +257,154 @@ pub(crate) fn dequantize(file: &TensorFile, info: &TensorInfo) -> Result<Tensor>
     let bytes = view.read_dense(DType::F32, 0)?;
     Tensor::new(DType::F32, &info.shape, Arc::new(bytes))
 }
+
+/// The GGUF type whose blocks hold a matrix as it is.
+pub(crate) fn exact_kind(k: &KTensor) -> Option<GgmlType> {
+    let Codebook::I8(book) = k.codebook() else {
+        return None;
+    };
+    GgmlType::ALL
+        .iter()
+        .copied()
+        .filter(|_| k.permutation().is_none())
+        .find(|&kind| {
+            let Some(format) = Format::of(kind) else {
+                return false;
+            };
+            let Codebook::I8(mut own) = codebook(kind) else {
+                return false;
+            };
+            if kind == GgmlType::Q8_0 && book.first() == Some(&-127) {
+                own[0] = -127;
+            }
+            let scales = *k.scales() == format.scales
+                || kind == GgmlType::MXFP4
+                    && matches!(
+                        *k.scales(),
+                        Scales::Block {
+                            block: 32,
+                            scale: ScaleType::BF16,
+                            offset: Offset::None
+                        }
+                    );
+            k.bits() == format.bits
+                && k.inputs() % format.elements == 0
+                && *book == own
+                && scales
+                && (0..k.rows()).all(|row| {
+                    (0..k.inputs() / format.elements)
+                        .all(|b| get_scales(k, &format, row, b).is_some())
+                })
+        })
+}
+
+/// The scales of ggml block `b` of a row, with empty codes; `None` where the type has no room for one.
+fn get_scales(k: &KTensor, format: &Format, row: usize, b: usize) -> Option<Block> {
+    let (layout, bytes) = (k.layout(), k.bytes());
+    let mut block = Block::EMPTY;
+    let two = |at: usize| [bytes[at], bytes[at + 1]];
+    match *k.scales() {
+        Scales::Block {
+            scale: ScaleType::E8M0,
+            ..
+        } => {
+            block.scale[0] = bytes[layout.fine_offset(row, b, 1)].checked_add(1)?;
+        }
+        Scales::Block {
+            scale: ScaleType::BF16,
+            ..
+        } => {
+            let scale = bf16::from_le_bytes(two(layout.fine_offset(row, b, 2))).to_f32();
+            block.scale[0] = (0..=u8::MAX).find(|&e| half_e8m0(e) == scale)?;
+        }
+        Scales::Block { offset, .. } => {
+            block.scale = two(layout.fine_offset(row, b, 2));
+            if offset == Offset::Min {
+                block.min = two(layout.offset_offset(row, b, 2));
+            }
+        }
+        Scales::Super {
+            block: size,
+            sub,
+            min,
+        } => {
+            block.scale = two(layout.wide_offset(row, b, 0));
+            if min {
+                block.min = two(layout.wide_offset(row, b, 1));
+            }
+            let per = SUPER / size;
+            for j in 0..per {
+                block.subs[j] = bytes[layout.fine_offset(row, b * per + j, 1)];
+                if min && sub != SubScale::U4 {
+                    block.mins[j] = bytes[layout.offset_offset(row, b * per + j, 1)];
+                }
+            }
+            if !format.holds(&block) {
+                return None;
+            }
+        }
+        Scales::Ladder { .. } | Scales::Row => return None,
+    }
+    Some(block)
+}
+
+/// One row as blocks of the type that [`exact_kind`] found.
+pub(crate) fn export_row(k: &KTensor, kind: GgmlType, row: usize, out: &mut [u8]) -> Result<()> {
+    let format = format(kind)?;
+    let layout = k.layout();
+    for (b, out) in out.chunks_exact_mut(kind.block_bytes()).enumerate() {
+        let mut block = get_scales(k, &format, row, b)
+            .ok_or_else(|| Error::Argument(format!("row {row} does not fit {}", kind.name())))?;
+        for (e, code) in block.codes[..format.elements].iter_mut().enumerate() {
+            *code = layout.code(k.bytes(), row, b * format.elements + e);
+        }
+        format.pack(&block, out);
+    }
+    Ok(())
+}
+
+/// A row as integers under one scale per 32 inputs. False for matrices that have minima, float codebooks or
+/// sub-scales, where there are none.
+pub(crate) fn integers(k: &KTensor, row: usize, out: &mut [([i32; 32], f32)]) -> bool {
+    let (layout, bytes) = (k.layout(), k.bytes());
+    let Codebook::I8(book) = k.codebook() else {
+        return false;
+    };
+    let shift = if k.bits() == 8 { 128 } else { 0 };
+    for (j, (values, scale)) in out.iter_mut().enumerate() {
+        let first = j * 32;
+        let wide = layout.wide_offset(row, first / SUPER, 0);
+        let bf16_at = |at: usize| bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        for (i, value) in values.iter_mut().enumerate() {
+            let input = first + i;
+            let entry = i32::from(book[usize::from(layout.code(bytes, row, input))]);
+            (*value, *scale) = match *k.scales() {
+                Scales::Ladder { block, ref ladder } => {
+                    let (at, high) = layout.rung_offset(row, input / block);
+                    let rung = if high { bytes[at] >> 4 } else { bytes[at] & 15 };
+                    (
+                        (entry * i32::from(ladder[usize::from(rung)]) + 64) >> 7,
+                        bf16_at(wide),
+                    )
+                }
+                Scales::Row => (entry, bf16_at(wide)),
+                Scales::Block {
+                    block,
+                    scale,
+                    offset,
+                } if block >= 32 && offset != Offset::Min => {
+                    let zero = match offset {
+                        Offset::Zero => {
+                            i32::from(bytes[layout.offset_offset(row, input / block, 1)]) - shift
+                        }
+                        _ => 0,
+                    };
+                    let at = layout.fine_offset(row, input / block, scale.size());
+                    (entry - zero, scale.read(&bytes[at..]))
+                }
+                _ => return false,
+            };
+        }
+    }
+    true
+}

@@ -68,7 +68,7 @@ def _overlap(text: str, stop: str) -> int:
 class Stream(Iterator[str]):
     """The pieces of a text as they are generated; `text`, `token_ids` and the rest grow with them.
 
-    Closing it, leaving its `with` block or dropping it ends the generation. Without a decoder there are ids and no text.
+    Closing it, leaving its `with` block or dropping it ends the generation. Without a decoder there is no text.
     """
 
     def __init__(

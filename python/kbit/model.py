@@ -33,10 +33,10 @@ class Forward(NamedTuple):
 
     logits: NDArray[np.float32]
     """(n, vocab)."""
-    hidden_states: list[NDArray[np.float32]] | None
-    """The embedding and then what each layer leaves, (n, hidden) each; the last one is normalised."""
-    attentions: list[NDArray[np.float32]] | None
-    """Attention weights of each layer, (heads, n, n)."""
+    hidden_states: list[NDArray[np.float32]]
+    """The embedding and then what each layer leaves, (n, hidden) each; the last one is normalised. Empty unless asked for."""
+    attentions: list[NDArray[np.float32]]
+    """Attention weights of each layer, (heads, n, n). Empty unless asked for."""
 
 
 class Model:
@@ -398,7 +398,7 @@ class Model:
         )
         if not (hidden_states or attentions):
             return out["logits"]
-        return Forward(out["logits"], out.get("hidden_states"), out.get("attentions"))
+        return Forward(out["logits"], out.get("hidden_states", []), out.get("attentions", []))
 
     # Keeping
 

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::file::{Part, Stored, TensorFile, TensorInfo};
+use crate::gguf::GgmlType;
 use crate::{Bytes, DType, Error, Result, import, parallel};
 
 /// One step. Shapes are row-major.
@@ -188,13 +189,31 @@ impl<'a> View<'a> {
     }
 
     /// A dense array as a view.
-    fn of_memory(dtype: DType, shape: Vec<usize>, bytes: Bytes) -> Result<View<'static>> {
+    pub(crate) fn of_memory(
+        dtype: DType,
+        shape: Vec<usize>,
+        bytes: Bytes,
+    ) -> Result<View<'static>> {
+        View::of_stored(Stored::Plain(dtype), shape, bytes)
+    }
+
+    /// A matrix of blocks as a view.
+    pub(crate) fn of_blocks(
+        kind: GgmlType,
+        rows: usize,
+        inputs: usize,
+        bytes: Bytes,
+    ) -> Result<View<'static>> {
+        View::of_stored(Stored::Ggml(kind), vec![rows, inputs], bytes)
+    }
+
+    fn of_stored(stored: Stored, shape: Vec<usize>, bytes: Bytes) -> Result<View<'static>> {
         let columns = if shape.len() > 1 {
             shape.last().copied().unwrap_or(1)
         } else {
             1
         };
-        let row_bytes = row_bytes(Stored::Plain(dtype), columns)?;
+        let row_bytes = row_bytes(stored, columns)?;
         let rows = bytes.len().checked_div(row_bytes).unwrap_or(0);
         let part = Part {
             at: 0,
@@ -204,7 +223,7 @@ impl<'a> View<'a> {
         Ok(View {
             origins: vec![Origin::Memory(part)],
             starts: vec![0, rows],
-            stored: Stored::Plain(dtype),
+            stored,
             shape,
             columns,
             row_bytes,

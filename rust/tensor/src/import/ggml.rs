@@ -29,7 +29,7 @@ fn format(kind: GgmlType) -> Result<Format> {
 /// # Errors
 /// [`Error::Argument`] for what is no matrix, [`Error::Unsupported`] for a type that is not imported, and what reading
 /// returns.
-pub fn import(view: &View, kind: GgmlType, threads: usize) -> Result<KTensor> {
+pub(crate) fn import(view: &View, kind: GgmlType, threads: usize) -> Result<KTensor> {
     let format = format(kind)?;
     if view.shape().len() != 2 {
         return Err(Error::Argument(format!(
@@ -65,6 +65,16 @@ pub fn import(view: &View, kind: GgmlType, threads: usize) -> Result<KTensor> {
         Arc::new(bytes),
         0,
     )
+}
+
+/// [`import`] of blocks in memory.
+pub(crate) fn import_bytes(
+    kind: GgmlType,
+    rows: usize,
+    inputs: usize,
+    bytes: Bytes,
+) -> Result<KTensor> {
+    import(&View::of_blocks(kind, rows, inputs, bytes)?, kind, 0)
 }
 
 /// Panels of the view's rows. `special` is set when an MXFP4 scale of 2^-128 or a Q8_0 code of -128 was met.

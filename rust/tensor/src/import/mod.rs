@@ -1,4 +1,8 @@
 //! Other people's k-bit weights as [`KTensor`](crate::KTensor)s, without changing a single value.
 
 mod blocks;
-pub mod ggml;
+pub(crate) mod ggml;
+mod grouped;
+mod packed;
+
+pub use packed::{DIALECTS, PackedOptions, Parts, load_packed};

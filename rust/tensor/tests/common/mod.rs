@@ -98,3 +98,17 @@ impl Gguf {
         out
     }
 }
+
+/// A safetensors file of tensors (name, dtype, shape, bytes).
+pub(crate) fn tensors(all: &[(&str, &str, Vec<usize>, Vec<u8>)]) -> TensorFile {
+    let (mut entries, mut data) = (Vec::new(), Vec::new());
+    for (name, dtype, shape, bytes) in all {
+        let from = data.len();
+        data.extend_from_slice(bytes);
+        entries.push(format!(
+            "\"{name}\":{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{from},{}]}}",
+            data.len()
+        ));
+    }
+    open(&safetensors(&format!("{{{}}}", entries.join(",")), &data)).unwrap()
+}

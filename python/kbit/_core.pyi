@@ -142,8 +142,54 @@ def load_weight(
 def save_checkpoint(path: str | os.PathLike[str], spec: str, weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> None:
     """Write `model.safetensors` of docs/formats.md: temporary file, fsync, rename; a checksum per tensor."""
 
-def open_checkpoint(path: str | os.PathLike[str]) -> tuple[str, dict[str, Weight], dict[str, str]]:
-    """(spec, weights, metadata) of a file written by `save_checkpoint`; checksums are verified."""
+def open_checkpoint(
+    path: str | os.PathLike[str], *, mapped: bool = False
+) -> tuple[str, dict[str, Weight], dict[str, str]]:
+    """(spec, weights, metadata) of a file written by `save_checkpoint`; checksums are verified.
+
+    Args:
+        mapped: Share the pages of the file with other processes instead of copying them. The file must not be truncated
+            while the weights live: the system ends a process that touches what is gone.
+    """
+
+def load_packed(
+    dialect: str, parts: Mapping[str, tuple[TensorFile, str]], *, transforms: Sequence[tuple[Any, ...]] = (),
+    bits: int | None = None, block: tuple[int, int] | None = None,
+) -> Weight:
+    """A weight of a safetensors dialect at its own bits, every value as it is.
+
+    Args:
+        dialect: And its parts (those in brackets may be absent): ``"gptq"`` (stored zero points are less one) and
+            ``"gptq_v2"``: qweight, qzeros, scales, [g_idx]; ``"awq"``: qweight, qzeros, scales; ``"compressed"``:
+            weight_packed, weight_scale, [weight_zero_point], [weight_g_idx]; ``"bitsandbytes"``: weight, absmax,
+            quant_map, quant_state, [nested_absmax], [nested_quant_map]; ``"mxfp4"``: blocks, scales; ``"fp8"``: weight,
+            weight_scale.
+        parts: The file and the tensor that play each part.
+        transforms: ``"rows"`` and ``"permute_rope"`` as in `load_weight`; for mxfp4 also ``"select"`` first.
+        bits: Needed by gptq (2, 3, 4, 8) and compressed (2, 4, 8).
+        block: (rows, inputs) under one scale of block-wise fp8.
+
+    Raises:
+        ModelFormatError: Parts that do not fit each other.
+        UnsupportedModelError: What the engine's layout cannot hold; the sentence says what.
+    """
+
+def save_gguf(
+    path: str | os.PathLike[str], metadata: Mapping[str, Any],
+    tensors: Sequence[tuple[str, Sequence[Weight], bool, tuple[int, int] | None]],
+) -> dict[str, str]:
+    """Write GGUF version 3 whose dequantised values are exactly those of the weights; whole or not at all.
+
+    Weights that came from a GGUF type keep it, native ones become Q8_0 where that is exact, all others F32.
+
+    Args:
+        metadata: bool, int (written as u32 where it fits), float (f32), str, and lists of these (int as i32).
+        tensors: (name, weights, whether they are stacked along a new outermost dimension, (heads, rotated rows of a
+            head) of a rotary projection whose halves become pairs side by side, or None).
+
+    Returns:
+        The GGUF type of each tensor.
+    """
 
 @final
 class Engine:

@@ -4,6 +4,7 @@
 mod engine;
 mod error;
 mod file;
+mod formats;
 mod info;
 mod weight;
 
@@ -16,6 +17,8 @@ mod _core {
     use crate::engine::{Engine, Request, Token};
     #[pymodule_export]
     use crate::file::TensorFile;
+    #[pymodule_export]
+    use crate::formats::{load_packed, save_gguf};
     #[pymodule_export]
     use crate::info::{build_info, default_threads, gpu_adapters, isa, isas};
     #[pymodule_export]

@@ -302,7 +302,7 @@ pub(crate) fn quantize(
 }
 
 /// A transform of `_core.pyi` as the tensor crate has it.
-fn transform(step: &Bound<'_, PyTuple>) -> PyResult<Transform> {
+pub(crate) fn transform(step: &Bound<'_, PyTuple>) -> PyResult<Transform> {
     let name: String = step.get_item(0)?.extract()?;
     let size = |i: usize| step.get_item(i)?.extract::<usize>();
     let wrong = || {
@@ -421,8 +421,9 @@ pub(crate) fn save_checkpoint(
 type Opened = (String, BTreeMap<String, Weight>, BTreeMap<String, String>);
 
 #[pyfunction]
-pub(crate) fn open_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Opened> {
-    let saved = interruptible(py, move |_| kbit_tensor::open_checkpoint(path, false))?;
+#[pyo3(signature = (path, *, mapped = false))]
+pub(crate) fn open_checkpoint(py: Python<'_>, path: PathBuf, mapped: bool) -> PyResult<Opened> {
+    let saved = interruptible(py, move |_| kbit_tensor::open_checkpoint(path, mapped))?;
     let weights = saved
         .weights
         .into_iter()

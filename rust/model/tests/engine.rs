@@ -2,11 +2,13 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::engine;
 use kbit_model::{Engine, Finish, Generate, PassKind, Request, Sampling, Token};
 use kbit_tensor::Error;
+use kbit_tensor::program::{Output, Part, Runner, SequenceId, Want};
 
 fn prompt(seed: u32, n: usize) -> Vec<u32> {
     (0..n as u32)
@@ -95,4 +97,403 @@ fn a_batch_gives_the_tokens_of_each_alone() {
     );
     let prompts: usize = (0..24).map(|i| mixed(i).ids.len()).sum();
     assert_eq!(stats.prompt_tokens, 2 * prompts as u64);
+}
+
+#[test]
+fn passes_and_requests_mix() {
+    let engine = engine(4, 0);
+    let text = prompt(3, 40);
+    let forward = |ids: &[u32]| {
+        let pass = engine
+            .pass(
+                ids.to_vec(),
+                PassKind::Forward {
+                    hidden: true,
+                    attentions: true,
+                },
+            )
+            .unwrap();
+        pass.wait(Duration::from_secs(60)).unwrap().unwrap()
+    };
+    let whole = forward(&text);
+    assert_eq!(
+        (
+            whole.logits.len(),
+            whole.hidden.len(),
+            whole.attentions.len()
+        ),
+        (40 * 50, 3, 2)
+    );
+    assert!(whole.hidden.iter().all(|h| h.len() == 40 * 32));
+    // Causality: a prefix gives the same rows, bit for bit.
+    assert_eq!(forward(&text[..17]).logits, whole.logits[..17 * 50]);
+    // Rows of attention weights sum to 1 and look at nothing later.
+    for weights in &whole.attentions {
+        assert_eq!(weights.len(), 4 * 40 * 40);
+        for (i, row) in weights.chunks_exact(40).enumerate() {
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+            assert!(row[i % 40 + 1..].iter().all(|&w| w == 0.0));
+        }
+    }
+    // The greedy token is the arg-max of the last row, and its log-probability the score of the same pass.
+    let request = engine
+        .submit(Generate {
+            logprobs: Some(2),
+            ..generate(text.clone(), 1)
+        })
+        .unwrap();
+    let token = all(&request).unwrap().remove(0);
+    let last = &whole.logits[39 * 50..];
+    assert!(last.iter().all(|&v| v <= last[token.id as usize]));
+    let longer: Vec<u32> = text.iter().copied().chain([token.id]).collect();
+    let score = |start| {
+        engine
+            .pass(longer.clone(), PassKind::Score { start })
+            .unwrap()
+            .wait(Duration::from_secs(60))
+    };
+    let scores = score(1).unwrap().unwrap().logprobs;
+    assert_eq!((scores.len(), scores[39]), (40, token.logprob.unwrap()));
+    assert_eq!(token.top[0], (token.id, token.logprob.unwrap()));
+    assert_eq!(score(31).unwrap().unwrap().logprobs, scores[30..]);
+}
+
+#[test]
+fn requests_end_where_they_should() {
+    let engine = engine(2, 0);
+    let greedy = ids(&engine, generate(prompt(1, 9), 30));
+    let eos = greedy[6];
+    let until = greedy.iter().position(|&id| id == eos).unwrap();
+    let request = engine
+        .submit(Generate {
+            eos: vec![eos],
+            ..generate(prompt(1, 9), 30)
+        })
+        .unwrap();
+    assert_eq!(all(&request).unwrap().last().unwrap().id, eos);
+    assert_eq!(request.finish(), Some(Finish::Stop));
+    assert!(request.prompt_seconds() > 0.0 && (until == 0 || request.decode_seconds() > 0.0));
+    let request = engine.submit(generate(prompt(1, 60), usize::MAX)).unwrap();
+    assert_eq!(
+        (all(&request).unwrap().len(), request.finish()),
+        (4, Some(Finish::Context))
+    );
+    let request = engine.submit(generate(prompt(1, 60), 0)).unwrap();
+    assert_eq!(
+        (all(&request).unwrap().len(), request.finish()),
+        (0, Some(Finish::Length))
+    );
+}
+
+#[test]
+fn bad_arguments_name_both_sides() {
+    let engine = engine(2, 0);
+    let refused = |g: Generate| {
+        engine
+            .submit(g)
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default()
+    };
+    assert_eq!(
+        refused(generate(vec![], 1)),
+        "a prompt needs at least one token, has 0"
+    );
+    assert_eq!(
+        refused(generate(vec![1, 50], 1)),
+        "token id 50 at 1 is outside the vocabulary of 50"
+    );
+    assert_eq!(
+        refused(generate(prompt(0, 64), 1)),
+        "a prompt of 64 tokens leaves no room in a context of 64"
+    );
+    for (field, sampling) in [
+        (
+            "temperature",
+            Sampling {
+                temperature: -1.0,
+                ..Sampling::default()
+            },
+        ),
+        (
+            "temperature",
+            Sampling {
+                temperature: f32::NAN,
+                ..Sampling::default()
+            },
+        ),
+        (
+            "top_p",
+            Sampling {
+                top_p: 0.0,
+                ..Sampling::default()
+            },
+        ),
+        (
+            "min_p",
+            Sampling {
+                min_p: 1.5,
+                ..Sampling::default()
+            },
+        ),
+        (
+            "repetition_penalty",
+            Sampling {
+                repetition_penalty: 0.0,
+                ..Sampling::default()
+            },
+        ),
+    ] {
+        let message = refused(Generate {
+            sampling,
+            ..generate(vec![1], 1)
+        });
+        assert!(message.starts_with(field), "{message}");
+    }
+    let pass = |ids, start| {
+        engine
+            .pass(ids, PassKind::Score { start })
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default()
+    };
+    assert_eq!(pass(vec![1, 2], 2), "start must be 1..2 for 2 ids, is 2");
+    assert_eq!(pass(vec![1, 2], 0), "start must be 1..2 for 2 ids, is 0");
+    assert!(matches!(
+        engine.pass(prompt(0, 65), PassKind::Score { start: 1 }),
+        Err(Error::ContextOverflow(_))
+    ));
+}
+
+#[test]
+fn a_full_cache_makes_the_youngest_wait_and_changes_no_token() {
+    let expected: Vec<Vec<u32>> = (0..6)
+        .map(|i| ids(&engine(1, 0), generate(prompt(i, 20), 25)))
+        .collect();
+    // 256 bytes a token (2 layers, 2 heads of 8, keys and values in f32): room for 100 tokens, six requests want 270.
+    let engine = engine(6, 100 * 256);
+    let requests: Vec<Request> = (0..6)
+        .map(|i| engine.submit(generate(prompt(i, 20), 25)).unwrap())
+        .collect();
+    let got: Vec<Vec<u32>> = requests
+        .iter()
+        .map(|r| all(r).unwrap().iter().map(|t| t.id).collect())
+        .collect();
+    assert_eq!(got, expected);
+    assert!(engine.stats().preemptions > 0);
+    // Alone and still too long: its own error, and the engine goes on.
+    let engine = common::engine(6, 30 * 256);
+    let (long, short) = (generate(prompt(0, 20), 25), generate(prompt(1, 20), 5));
+    let (long, short) = (engine.submit(long).unwrap(), engine.submit(short).unwrap());
+    assert!(matches!(all(&long), Err(Error::Memory(_))));
+    assert_eq!(all(&short).unwrap().len(), 5);
+}
+
+#[test]
+fn cancelling_ends_one_and_spares_the_others() {
+    let engine = engine(8, 0);
+    let expected = ids(&engine, generate(prompt(2, 10), 40));
+    let requests: Vec<Request> = (0..8)
+        .map(|_| engine.submit(generate(prompt(2, 10), 40)).unwrap())
+        .collect();
+    for request in &requests[1..] {
+        request.cancel();
+    }
+    assert_eq!(
+        all(&requests[0])
+            .unwrap()
+            .iter()
+            .map(|t| t.id)
+            .collect::<Vec<_>>(),
+        expected
+    );
+    for request in &requests[1..] {
+        let tokens = all(request).unwrap();
+        assert!(expected.starts_with(&tokens.iter().map(|t| t.id).collect::<Vec<_>>()));
+        assert!(tokens.len() == 40 || request.finish() == Some(Finish::Cancelled));
+    }
+    // A handle that is dropped cancels, whether it runs or waits.
+    drop(
+        (0..50)
+            .map(|_| engine.submit(generate(prompt(2, 10), 50)).unwrap())
+            .collect::<Vec<_>>(),
+    );
+    let since = Instant::now();
+    while engine.stats().running + engine.stats().waiting > 0 || engine.stats().cache_bytes > 0 {
+        assert!(
+            since.elapsed() < Duration::from_secs(20),
+            "cancelled work stays"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// What goes wrong when token 49 is in a step.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    Error,
+    Panic,
+    Hang,
+    Nan,
+}
+
+struct Faulty(Box<dyn Runner>, Fault);
+
+impl Runner for Faulty {
+    fn open(&mut self, planned: usize) -> kbit_tensor::Result<SequenceId> {
+        self.0.open(planned)
+    }
+    fn close(&mut self, sequence: SequenceId) {
+        self.0.close(sequence);
+    }
+    fn len(&self, sequence: SequenceId) -> usize {
+        self.0.len(sequence)
+    }
+    fn truncate(&mut self, sequence: SequenceId, len: usize) {
+        self.0.truncate(sequence, len);
+    }
+    fn fork(&mut self, sequence: SequenceId, planned: usize) -> kbit_tensor::Result<SequenceId> {
+        self.0.fork(sequence, planned)
+    }
+    fn run(
+        &mut self,
+        batch: &[Part<'_>],
+        want: Want,
+        cancel: &AtomicBool,
+    ) -> kbit_tensor::Result<Output> {
+        let bad = batch.iter().find(|p| p.ids.contains(&49));
+        match (bad, self.1) {
+            (Some(_), Fault::Error) => return Err(Error::Device("token 49".into())),
+            (Some(_), Fault::Panic) => panic!("token 49"),
+            (Some(_), Fault::Hang) => {
+                while !cancel.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                return Err(Error::Cancelled);
+            }
+            _ => {}
+        }
+        let mut output = self.0.run(batch, want, cancel)?;
+        // Every part of these tests is a whole prompt, so its row is its place.
+        for (row, _) in batch
+            .iter()
+            .enumerate()
+            .filter(|(_, p)| self.1 == Fault::Nan && p.ids.contains(&49))
+        {
+            output.argmax[row] = u32::MAX;
+            if want.logits {
+                output.logits[row * 50 + 7] = f32::NAN;
+            }
+        }
+        Ok(output)
+    }
+    fn cache_bytes(&self) -> usize {
+        self.0.cache_bytes()
+    }
+    fn threads(&self) -> usize {
+        1
+    }
+}
+
+fn faulty(fault: Fault) -> Engine {
+    let spec = common::spec();
+    let (program, runner) = common::runner(&spec, &common::shapes(&spec), 0);
+    Engine::new(&program, Box::new(Faulty(runner, fault)), 8).unwrap()
+}
+
+/// Ids that stay away from 49.
+fn good(n: u32) -> Vec<u32> {
+    (0..n).map(|i| i * 7 % 49).collect()
+}
+
+#[test]
+fn an_error_belongs_to_its_request() {
+    for fault in [Fault::Error, Fault::Nan] {
+        let engine = faulty(fault);
+        // One token each, so that no generated 49 disturbs.
+        let one = |ids, temperature| {
+            let sampling = Sampling {
+                temperature,
+                ..Sampling::default()
+            };
+            engine
+                .submit(Generate {
+                    sampling,
+                    ..generate(ids, 1)
+                })
+                .unwrap()
+        };
+        let requests: Vec<Request> = (0..8)
+            .map(|i| {
+                one(
+                    if i % 3 == 1 { vec![1, 49] } else { good(4) },
+                    (i % 2) as f32,
+                )
+            })
+            .collect();
+        for (i, request) in requests.iter().enumerate() {
+            match all(request) {
+                Ok(tokens) => assert!(i % 3 != 1 && tokens.len() == 1),
+                Err(e) => assert!(i % 3 == 1 && matches!(e, Error::Device(_)), "{i}: {e}"),
+            }
+            // Asking again gives the same answer.
+            assert_eq!(request.wait(Duration::ZERO).is_err(), i % 3 == 1);
+        }
+        assert_eq!(engine.stats().cache_bytes, 0);
+    }
+}
+
+#[test]
+fn a_panic_ends_everything_with_an_error() {
+    let engine = faulty(Fault::Panic);
+    let requests: Vec<Request> = (0..3)
+        .map(|_| engine.submit(generate(vec![1, 49], 5)).unwrap())
+        .collect();
+    for request in &requests {
+        let error = all(request).unwrap_err();
+        assert!(
+            matches!(&error, Error::Device(m) if m.contains("token 49")),
+            "{error}"
+        );
+    }
+    assert!(
+        matches!(engine.submit(generate(good(3), 1)), Err(Error::Device(m)) if m.contains("token 49"))
+    );
+    engine.close();
+}
+
+#[test]
+fn a_long_operation_is_left_at_once() {
+    let engine = faulty(Fault::Hang);
+    let hanging = engine.submit(generate(vec![1, 49], 5)).unwrap();
+    assert_eq!(
+        hanging.wait(Duration::from_millis(30)).unwrap(),
+        Some(vec![])
+    );
+    let since = Instant::now();
+    hanging.cancel();
+    assert_eq!(
+        (all(&hanging).unwrap(), hanging.finish()),
+        (vec![], Some(Finish::Cancelled))
+    );
+    // So does closing, and dropping the engine while handles live.
+    let hanging = engine.submit(generate(vec![1, 49], 5)).unwrap();
+    let pass = engine
+        .pass(vec![1, 49], PassKind::Score { start: 1 })
+        .unwrap();
+    let waiting: Vec<Request> = (0..20)
+        .map(|_| engine.submit(generate(good(5), 5)).unwrap())
+        .collect();
+    drop(engine);
+    assert!(matches!(all(&hanging), Err(Error::Device(_))));
+    assert!(matches!(
+        pass.wait(Duration::from_secs(60)),
+        Err(Error::Device(_))
+    ));
+    assert!(
+        waiting
+            .iter()
+            .all(|r| matches!(all(r), Err(Error::Device(_)) | Ok(_)))
+    );
+    assert!(since.elapsed() < Duration::from_secs(20));
 }

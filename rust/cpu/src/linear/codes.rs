@@ -289,27 +289,39 @@ impl<S: Simd, const BITS: usize> Decode<S> for LinearDecode<S, BITS> {
     }
 }
 
-/// Runs `$do!(decoder)` with the [`Decode`] of a [`Decoder`], compiled for its width and method.
+/// Runs `$do!(kind, decoder)` with the [`Decode`] of a [`Decoder`], compiled for its width and method. `kind` is `native` for
+/// ladders, whose dots run over whole super-blocks, and `any` for what goes with every scale kind.
 macro_rules! with_decode {
     ($S:ident, $s:expr, $decoder:expr, $bits:tt, $do:ident) => {{
         use crate::linear::codes::{LadderDecode, LinearDecode, Method, TableDecode};
         let (s, decoder): ($S, &$crate::linear::codes::Decoder) = ($s, $decoder);
         match decoder.method {
             Method::Ladder(16) => $do!(
+                native,
                 LadderDecode::<$S, $bits, 16>,
                 LadderDecode::new(s, &decoder.book)
             ),
             Method::Ladder(32) => $do!(
+                native,
                 LadderDecode::<$S, $bits, 32>,
                 LadderDecode::new(s, &decoder.book)
             ),
             Method::Ladder(_) => $do!(
+                native,
                 LadderDecode::<$S, $bits, 64>,
                 LadderDecode::new(s, &decoder.book)
             ),
-            Method::Table => $do!(TableDecode::<$S, $bits>, TableDecode::new(s, &decoder.book)),
+            Method::Table => $do!(
+                any,
+                TableDecode::<$S, $bits>,
+                TableDecode::new(s, &decoder.book)
+            ),
             Method::Linear { add, floor } if $bits >= 5 => {
-                $do!(LinearDecode::<$S, $bits>, LinearDecode::new(s, add, floor))
+                $do!(
+                    any,
+                    LinearDecode::<$S, $bits>,
+                    LinearDecode::new(s, add, floor)
+                )
             }
             Method::Linear { .. } => unreachable!("linear codebooks start at 5 bits"),
         }

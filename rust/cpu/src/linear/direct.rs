@@ -42,7 +42,10 @@ pub(super) fn run<S: Simd>(
                 };
             }
             macro_rules! method {
-                ($D:ty, $decode:expr) => {
+                (native, $D:ty, $decode:expr) => {
+                    block!($D, $decode, 256)
+                };
+                (any, $D:ty, $decode:expr) => {
                     match scale.unrolled() {
                         16 => block!($D, $decode, 16),
                         32 => block!($D, $decode, 32),

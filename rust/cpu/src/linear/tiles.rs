@@ -111,7 +111,7 @@ unsafe fn decode<S: Simd>(
     macro_rules! bits {
         ($bits:tt) => {{
             macro_rules! method {
-                ($D:ty, $decode:expr) => {
+                ($kind:ident, $D:ty, $decode:expr) => {
                     s.run(Unpack::<S, $D> {
                         s,
                         decode: $decode,

@@ -1,4 +1,5 @@
-//! Plain loops over arrays: the definition, and what runs where nothing better is known.
+//! Plain loops over arrays: the definition, and what runs where nothing better is known. Byte operations stay calls:
+//! inlined into unrolled kernels, 64-byte arrays take the compiler minutes and win nothing that matters here.
 
 use crate::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::{Book, Isa, LANES, Simd, SimdOp};
@@ -244,19 +245,19 @@ impl Simd for Scalar {
     fn splat_bytes(self, x: u8) -> Self::Bytes {
         [x; 64]
     }
-    #[inline(always)]
+    #[inline(never)]
     fn shr(self, v: Self::Bytes, n: u32) -> Self::Bytes {
         each!(64, i => (u16::from_le_bytes([v[i / 2 * 2], v[i / 2 * 2 + 1]]) >> n).to_le_bytes()[i % 2])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn shl(self, v: Self::Bytes, n: u32) -> Self::Bytes {
         each!(64, i => (u16::from_le_bytes([v[i / 2 * 2], v[i / 2 * 2 + 1]]) << n).to_le_bytes()[i % 2])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn merge(self, mask: u8, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
         each!(64, i => mask & a[i] | !mask & b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn linear(self, code: Self::Bytes, add: Self::Bytes, floor: Self::Bytes) -> Self::Bytes {
         each!(64, i => (code[i].wrapping_add(add[i]) as i8).max(floor[i] as i8) as u8)
     }
@@ -264,11 +265,11 @@ impl Simd for Scalar {
     fn table(self, book: &Book) -> Self::Table {
         book.values.map(|v| v as u8)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn lookup<const BITS: usize>(self, table: &Self::Table, code: Self::Bytes) -> Self::Bytes {
         each!(64, i => table[code[i] as usize % (1 << BITS)])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn weights(self, v: Self::Bytes) -> Self::Weights {
         each!(64, i => v[i] as i8)
     }
@@ -276,7 +277,7 @@ impl Simd for Scalar {
     fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
         (book.values, book.ladder)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn rungs<const BITS: usize>(
         self,
         ladder: &Self::Ladder,
@@ -285,7 +286,7 @@ impl Simd for Scalar {
     ) -> Self::Rungs {
         each!(LANES, i => ladder.1[(if high { s[i] >> 4 } else { s[i] & 15 }) as usize])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn fold<const BITS: usize>(
         self,
         ladder: &Self::Ladder,
@@ -312,7 +313,7 @@ impl Simd for Scalar {
         // SAFETY: the caller gives 4 bytes.
         unsafe { a.cast::<[i8; 4]>().read_unaligned() }
     }
-    #[inline(always)]
+    #[inline(never)]
     fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32 {
         each!(LANES, r => {
             let mut sum = acc[r];

@@ -14,6 +14,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "rope_theta": ("rotary_emb_base",),
     "partial_rotary_factor": ("rotary_pct",),
     "dtype": ("torch_dtype",),
+    "sliding_window_pattern": ("_sliding_window_pattern",),
 }
 """Older names of a key."""
 

@@ -37,7 +37,8 @@ BASE = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-OLDER = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+ALL_HEADS = {"num_key_value_heads": None}
+OLDER = ALL_HEADS | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 LONG = {
     "hidden_size": 32,
@@ -118,13 +119,20 @@ CASES = {
     "gpt2": ("gpt2", OLDER | {"tie_word_embeddings": True}),
     "gpt_neo": (
         "gpt_neo",
-        {"num_layers": 2, "num_heads": 4, "window_size": 10, "tie_word_embeddings": True}
+        ALL_HEADS
+        | {"num_layers": 2, "num_heads": 4, "window_size": 10, "tie_word_embeddings": True}
         | {"attention_types": [[["global", "local"], 1]]},
     ),
     "gptj": ("gptj", OLDER | {"rotary_dim": 8}),
-    "gpt_neox": ("gpt_neox", {"use_parallel_residual": False}),
-    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}),
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 96, "tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox", ALL_HEADS | {"use_parallel_residual": False}),
+    "opt": (
+        "opt",
+        ALL_HEADS | {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True},
+    ),
+    "bloom": (
+        "bloom",
+        ALL_HEADS | {"n_layer": 2, "n_head": 6, "hidden_size": 96, "tie_word_embeddings": True},
+    ),
     "olmo": ("olmo", {"clip_qkv": 0.75}),
     "olmo2": ("olmo2", {}),
     "stablelm": ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True}),
@@ -162,7 +170,8 @@ def inputs(seed, count, length, vocab):
 
 def build(folder, model_type, fields, seed):
     """The model with the formula's weights, by way of a checkpoint as people have it."""
-    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **fields})
+    fields = {key: value for key, value in {**BASE, **fields}.items() if value is not None}
+    config = transformers.AutoConfig.for_model(model_type, **fields)
     made = transformers.AutoModelForCausalLM.from_config(config)
     made.save_pretrained(folder)
     with safe_open(folder / "model.safetensors", "numpy") as file:

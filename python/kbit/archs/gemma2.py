@@ -1,7 +1,5 @@
 """Gemma 2: Gemma with norms on both sides of a block, capped logits and every other layer local."""
 
-from dataclasses import replace
-
 from kbit.archs import gemma, llama
 from kbit.archs._decoder import with_layers
 from kbit.archs._gguf import Gguf
@@ -28,8 +26,8 @@ def spec(config: Config) -> ModelSpec:
     """Even layers are local; the scale of q . k is a hyper-parameter."""
     config.default(sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     local = [i % 2 == 0 for i in range(config.integer("num_hidden_layers"))]
-    model = replace(
-        gemma.spec(config),
+    model = gemma.spec(
+        config,
         attention_scale=config.number("query_pre_attn_scalar", 256.0, 1e-6) ** -0.5,
         attn_logit_softcapping=config.optional_number("attn_logit_softcapping", 1e-6),
         final_logit_softcapping=config.optional_number("final_logit_softcapping", 1e-6),

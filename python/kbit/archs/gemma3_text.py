@@ -1,7 +1,5 @@
 """Gemma 3 (text): Gemma 2 with q/k norms, five local layers to a global one, a rope for each."""
 
-from dataclasses import replace
-
 from kbit.archs import gemma, gemma2, llama, qwen3
 from kbit.archs._decoder import with_layers
 from kbit.archs._gguf import Gguf
@@ -24,8 +22,8 @@ def spec(config: Config) -> ModelSpec:
     pattern = config.integer("sliding_window_pattern", 6)
     local = [(i + 1) % pattern != 0 for i in range(config.integer("num_hidden_layers"))]
     windows = config.windows(local)
-    model = replace(
-        gemma.spec(config),
+    model = gemma.spec(
+        config,
         ropes=(
             config.rope(theta=1_000_000.0, kind="full_attention"),
             config.rope(kind="sliding_attention", key="rope_local_base_freq", scaled=False),

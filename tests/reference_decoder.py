@@ -286,7 +286,7 @@ def transformed(array, transforms):
             case "scale":
                 array = array * np.float32(arguments[0])
             case "select":
-                array = array[arguments[0]]
+                array = np.take(array, arguments[0], axis=(*arguments[1:], 0)[0])
             case "reshape":
                 array = array.reshape(arguments)
             case "permute_rope":

@@ -133,7 +133,7 @@ def load_weight(
     Args:
         sources: Tensors that are stacked along rows before the transforms (usually one).
         transforms: In order: ``("rows", from, to)``, ``("transpose",)``, ``("add", c)``, ``("scale", c)``,
-            ``("permute_rope", heads, rotary_dim)`` (interleaved pairs to halves, per head), ``("select", i)``,
+            ``("permute_rope", heads, rotary_dim)`` (interleaved pairs to halves, per head), ``("select", i[, axis])``,
             ``("reshape", *shape)``.
         bits: None keeps what is stored (k-bit GGUF types stay at their own bits).
         dtype: ``"f32"``, ``"f16"``, ``"bf16"``: type of a dense result; None keeps what is stored.

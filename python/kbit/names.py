@@ -95,14 +95,19 @@ def select_expert(place: Place) -> tuple[Transform, ...]:
 
 def gate_of_pairs(place: Place) -> tuple[Transform, ...]:
     """The even rows of a matrix that interleaves gate and up (gpt-oss)."""
-    width = _expert_width(place.spec)
-    return (("permute_rope", 1, 2 * width), ("rows", 0, width))
+    return _of_pairs(place, 0)
 
 
 def up_of_pairs(place: Place) -> tuple[Transform, ...]:
     """The odd rows of a matrix that interleaves gate and up (gpt-oss)."""
+    return _of_pairs(place, 1)
+
+
+def _of_pairs(place: Place, part: int) -> tuple[Transform, ...]:
     width = _expert_width(place.spec)
-    return (("permute_rope", 1, 2 * width), ("rows", width, 2 * width))
+    as_vector = (("reshape", 2 * width),) if place.is_bias else ()
+    rows = ("rows", part * width, (part + 1) * width)
+    return (*as_vector, ("permute_rope", 1, 2 * width), rows)
 
 
 def fused_qkv(prefix: str, *first: Step) -> tuple[To, ...]:
@@ -123,15 +128,10 @@ def fused_heads(prefix: str) -> tuple[To, ...]:
 
     def rows(place: Place, part: int) -> tuple[Transform, ...]:
         heads, dim = place.spec.num_attention_heads, place.spec.head_dim
-        columns = () if place.is_bias else (place.spec.hidden_size,)
-        width = dim * (columns[0] if columns else 1)
-        return (
-            ("reshape", heads, 3 * width),
-            ("transpose",),
-            ("rows", part * width, (part + 1) * width),
-            ("transpose",),
-            ("reshape", heads * dim, *columns),
-        )
+        columns = 1 if place.is_bias else place.spec.hidden_size
+        result = (heads * dim,) if place.is_bias else (heads * dim, columns)
+        by_head = ("reshape", heads, 3, dim, columns)
+        return (by_head, ("select", part, 1), ("reshape", *result))
 
     return tuple(To(f"{prefix}.{x}", (partial(rows, part=i),)) for i, x in enumerate("qkv"))
 

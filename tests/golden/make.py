@@ -38,7 +38,13 @@ BASE = {
     "tie_word_embeddings": False,
 }
 ALL_HEADS = {"num_key_value_heads": None}
-OLDER = ALL_HEADS | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+OLDER = ALL_HEADS | {
+    "intermediate_size": None,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 LONG = {
     "hidden_size": 32,
@@ -62,7 +68,7 @@ def long(positions=16384, **fields):
 
 SCALED = {
     "linear": rope("linear", factor=4.0),
-    "dynamic": rope("dynamic", factor=4.0),
+    "dynamic": rope("dynamic", factor=8.0),
     "yarn": rope("yarn", factor=8.0, original_max_position_embeddings=2048),
     "llama3": rope(
         "llama3",
@@ -131,7 +137,9 @@ CASES = {
     ),
     "bloom": (
         "bloom",
-        ALL_HEADS | {"n_layer": 2, "n_head": 6, "hidden_size": 96, "tie_word_embeddings": True},
+        ALL_HEADS
+        | {"n_layer": 2, "n_head": 6, "hidden_size": 96, "intermediate_size": None}
+        | {"tie_word_embeddings": True},
     ),
     "olmo": ("olmo", {"clip_qkv": 0.75}),
     "olmo2": ("olmo2", {}),

@@ -47,3 +47,17 @@ def stories_f32(shared):
     """The model that the bundled one was made from, unquantised."""
     with kbit.load(shared("models/kbit-stories"), dtype="f32") as model:
         yield model
+
+
+LINES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def record_line(request):
+    """Records a line for the end of the report: a measured figure, a count."""
+    return request.config.stash.setdefault(LINES, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(LINES, []):
+        terminalreporter.line(line)

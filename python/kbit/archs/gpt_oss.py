@@ -25,10 +25,20 @@ NAMES = NameMap(
             to(f"{E}.up.bias", select_expert, up_of_pairs),
         ),
         "layers.{i}.mlp.experts.down_proj": to(f"{E}.down.weight", select_expert, transpose),
+        # The same in MXFP4, already (out, in); the scales come along.
+        "layers.{i}.mlp.experts.gate_up_proj_blocks": (
+            to(f"{E}.gate.weight", select_expert, gate_of_pairs),
+            to(f"{E}.up.weight", select_expert, up_of_pairs),
+        ),
+        "layers.{i}.mlp.experts.down_proj_blocks": to(f"{E}.down.weight", select_expert),
         "layers.{i}.mlp.experts.down_proj_bias": to(f"{E}.down.bias", select_expert),
     },
     prefixes=("model.",),
-    ignored=llama.IGNORED,
+    ignored=(
+        *llama.IGNORED,
+        "layers.{i}.mlp.experts.gate_up_proj_scales",
+        "layers.{i}.mlp.experts.down_proj_scales",
+    ),
 )
 ROPE = {
     "rope_type": "yarn",

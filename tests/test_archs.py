@@ -1,0 +1,372 @@
+"""Every architecture against transformers (tests/golden), and the data that describes them."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import kbit
+from kbit import KbitError, ModelFormatError, UnsupportedModelError, archs
+from kbit.names import resolve
+from kbit.spec import ExpertsSpec, LayerSpec, ModelSpec, RopeSpec
+from reference_decoder import ReferenceDecoder, transformed
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+from weights import weights as formula_weights  # noqa: E402
+
+CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
+LONG = [case for case in CASES if case.startswith("long_")]
+SHORT = [case for case in CASES if case not in LONG]
+NO_GGUF = {"gpt_neo", "opt"}
+
+
+class Golden:
+    """One file of tests/golden, with the checkpoint it was made from."""
+
+    def __init__(self, case):
+        with safe_open(GOLDEN / f"{case}.safetensors", "numpy") as file:
+            self.metadata = file.metadata()
+            self.expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.config = json.loads(self.metadata["config"])
+        self.ids = self.expected["input_ids"].astype(np.uint32)
+        self.spread = self.expected["logits"].std()
+
+    def tensors(self):
+        return formula_weights(json.loads(self.metadata["tensors"]), int(self.metadata["seed"]))
+
+    def directory(self, path, tensors=None):
+        (path / "config.json").write_text(json.dumps(self.config))
+        save_file(self.tensors() if tensors is None else tensors, path / "model.safetensors")
+        return path
+
+
+def canonical(description, tensors):
+    sources = description.sources(tensors)
+    return {name: transformed(tensors[s.tensor], s.transforms) for name, s in sources.items()}
+
+
+def reference(golden, **options):
+    description = archs.describe(golden.config, strict=True)
+    return ReferenceDecoder(description.spec, canonical(description, golden.tensors()), **options)
+
+
+def close(found, golden, expected, tolerance=1e-4):
+    """Within a share of the logits' standard deviation."""
+    assert np.abs(found - expected).max() <= tolerance * golden.spread
+
+
+def divergence(expected, found):
+    """Mean Kullback-Leibler divergence of rows of logits, in nats."""
+
+    def log_softmax(x):
+        x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    p, q = log_softmax(expected), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+# Against transformers
+
+
+def test_every_architecture_has_a_golden_file(record_line):
+    covered = {Golden(case).config["model_type"] for case in SHORT}
+    listed = set(archs.registry())
+    record_line(f"architectures with a golden / listed: {len(covered & listed)} / {len(listed)}")
+    assert covered == listed
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_reference_decoder_is_the_golden(case):
+    golden = Golden(case)
+    out = reference(golden).forward(golden.ids[0])
+    close(out.logits, golden, golden.expected["logits"][0])
+    close(out.attentions[0], golden, golden.expected["attention_0"])
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_engine_is_the_golden(case, tmp_path):
+    golden = Golden(case)
+    expected = golden.expected
+    with kbit.load(golden.directory(tmp_path), dtype="f32", strict=True) as model:
+        for row, ids in enumerate(golden.ids):
+            out = model.forward(ids, hidden_states=True, attentions=True)
+            close(out.logits, golden, expected["logits"][row])
+            if row == 0:
+                scale = np.abs(expected["hidden_1"]).max()
+                assert np.abs(out.hidden_states[1] - expected["hidden_1"]).max() <= 1e-5 * scale
+                scale = np.abs(expected["hidden_last"]).max()
+                last = out.hidden_states[-1]
+                assert np.abs(last - expected["hidden_last"]).max() <= 1e-4 * scale
+                assert np.abs(out.attentions[0] - expected["attention_0"]).max() <= 1e-5
+            done = model.generate(ids, max_new_tokens=24, temperature=0, ignore_eos=True)
+            assert done.token_ids == expected["greedy"][row, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_engine_past_the_window_and_the_original_context(case, tmp_path):
+    golden = Golden(case)
+    length = golden.ids.shape[1]
+    assert length > 8192
+    # Dynamic scaling depends on the length; transformers takes that of the pass, kbit the context.
+    context = length if case == "long_dynamic" else None
+    with kbit.load(golden.directory(tmp_path), dtype="f32", context=context) as model:
+        close(model.forward(golden.ids[0])[-16:], golden, golden.expected["logits"])
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_reference_decoder_past_the_window_and_the_original_context(case):
+    golden = Golden(case)
+    decoder = reference(golden, context=golden.ids.shape[1])
+    close(decoder.forward(golden.ids[0]).logits[-16:], golden, golden.expected["logits"])
+
+
+def test_bf16_weights(tmp_path):
+    golden = Golden("llama")
+    with kbit.load(golden.directory(tmp_path), dtype="bf16") as model:
+        found = np.stack([model.forward(ids) for ids in golden.ids])
+    close(found, golden, golden.expected["logits"], 3e-2)
+    assert divergence(golden.expected["logits"], found) <= 1e-4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", SHORT)
+def test_quantised_against_its_own_weights(case, bits, tmp_path):
+    golden = Golden(case)
+    folder = golden.directory(tmp_path)
+    with kbit.load(folder, bits=bits, activations="f32", kv="f32") as model:
+        weights = {name: weight.dequantize() for name, weight in model.weights.items()}
+        exact = model.forward(golden.ids[0])
+    expected = ReferenceDecoder(model.spec, weights).forward(golden.ids[0]).logits
+    assert divergence(expected, exact) <= 1e-6
+    with kbit.load(folder, bits=bits) as model:
+        assert divergence(expected, model.forward(golden.ids[0])) <= 5e-3
+
+
+# The data
+
+
+OLD_KEYS = {"dtype": "torch_dtype"}
+
+
+def older(config):
+    """A config of transformers 5 as version 4 spelt it."""
+    config = {OLD_KEYS.get(key, key): value for key, value in config.items()}
+    rope = config.pop("rope_parameters", None)
+    if rope is None:
+        return config
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
+    config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type")
+    if kind != "default":
+        config["rope_scaling"] = {"type": kind, **rope}
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_spellings_are_one_spec(case):
+    config = Golden(case).config
+    old = older(config)
+    assert old != config
+    assert archs.describe(old, strict=True).spec == archs.describe(config, strict=True).spec
+
+
+HOSTILE = [
+    0, -1, 1, 2**31, 2**63, 10**9, 10**30, -(2**63), 0.5, -0.0, 1e-30, 1e308, math.inf, -math.inf, math.nan,
+    "", "4", "silu", True, False, None, [], [1], [[]], {}, {"factor": 2}, [None] * 4, "x" * 10_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hostile_values_are_refused_by_name_or_harmless(case):
+    golden = Golden(case)
+    names = list(json.loads(golden.metadata["tensors"]))
+    refused = 0
+    for config in (golden.config, older(golden.config)):
+        places = [(config, key) for key in config]
+        places += [(v, k) for v in list(config.values()) if isinstance(v, dict) for k in v]
+        for place, key in places:
+            kept = place[key]
+            for value in HOSTILE:
+                place[key] = value
+                try:
+                    description = archs.describe(config)
+                    assert len(description.spec.layers) <= 4096
+                    ModelSpec.from_json(description.spec.to_json())
+                    description.sources(names)
+                except KbitError:
+                    refused += 1
+            place[key] = kept
+    assert refused > 100
+
+
+@pytest.mark.parametrize("model_type", sorted(archs.registry()))
+def test_a_missing_key_is_named(model_type):
+    config = next(g.config for g in map(Golden, SHORT) if g.config["model_type"] == model_type)
+    for key in ("vocab_size", "num_hidden_layers", "num_layers", "n_layer"):
+        if key in config:
+            with pytest.raises(ModelFormatError, match=key):
+                archs.describe({k: v for k, v in config.items() if k != key})
+
+
+def test_unread_keys():
+    config = Golden("llama").config
+    with pytest.raises(UnsupportedModelError, match=r"residual_multiplier is 0\.5"):
+        archs.describe({**config, "residual_multiplier": 0.5})
+    assert (
+        archs.describe({**config, "residual_multiplier": 1.0}).spec == archs.describe(config).spec
+    )
+    assert archs.describe({**config, "surprise": 1}).unread.unknown == ("surprise",)
+    with pytest.raises(UnsupportedModelError, match="surprise"):
+        archs.describe({**config, "surprise": 1}, strict=True)
+    with pytest.raises(ModelFormatError, match="two names"):
+        archs.describe({**config, "n_embd": 65})
+
+
+def test_unknown_architectures_name_the_nearest():
+    with pytest.raises(UnsupportedModelError, match=r"'lama'.*nearest is 'llama'.*docs/adding.md"):
+        archs.describe({"model_type": "lama"})
+    with pytest.raises(UnsupportedModelError):
+        archs.describe({})
+    config = Golden("llama").config
+    del config["model_type"]
+    assert archs.describe(config).architecture.model_type == "llama"
+
+
+def test_tensors_that_do_not_fit_are_listed_on_both_sides():
+    golden = Golden("llama")
+    description = archs.describe(golden.config)
+    names = set(json.loads(golden.metadata["tensors"]))
+    changed = names - {"model.layers.1.mlp.up_proj.weight", "model.norm.weight"}
+    changed |= {"model.layers.2.mlp.up_proj.weight", "model.layers.01.mlp.up_proj.weight", "what"}
+    with pytest.raises(ModelFormatError) as caught:
+        description.sources(changed)
+    left, missing = str(caught.value).split("; it lacks ")
+    for name in changed - names:
+        assert name in left
+    assert "layers.1.mlp.up.weight (layers.{i}.mlp.up_proj.weight)" in missing
+    assert "final_norm.weight (norm.weight)" in missing
+    # A bias is optional, but in all layers or in none.
+    with pytest.raises(ModelFormatError, match=r"lacks layers\.1\.attn\.q\.bias"):
+        description.sources(names - {"model.layers.1.self_attn.q_proj.bias"})
+    no_bias = {name for name in names if not name.endswith(".bias")}
+    assert len(description.sources(no_bias)) == len(no_bias)
+    with pytest.raises(ModelFormatError, match="both for final_norm"):
+        description.sources(names | {"norm.weight"})
+
+
+def test_names_with_and_without_the_prefix():
+    golden = Golden("gpt2")
+    description = archs.describe(golden.config)
+    names = list(json.loads(golden.metadata["tensors"]))
+    bare = [name.removeprefix("transformer.") for name in names]
+    assert bare != names
+    assert set(description.sources(bare)) == set(description.sources(names))
+
+
+def test_a_tied_head_is_the_embedding_whatever_the_file_holds():
+    golden = Golden("llama")
+    names = list(json.loads(golden.metadata["tensors"]))
+    for tied, expected in ((True, False), (False, True), (None, True)):
+        config = {**golden.config, "tie_word_embeddings": tied}
+        assert ("head.weight" in archs.describe(config).sources(names)) is expected
+    headless = [name for name in names if name != "lm_head.weight"]
+    with pytest.raises(ModelFormatError, match=r"head\.weight"):
+        archs.describe({**golden.config, "tie_word_embeddings": False}).sources(headless)
+    assert archs.describe({**golden.config, "tie_word_embeddings": True}).sources(headless)
+
+
+def test_a_small_file_with_a_huge_config_fails_at_once():
+    golden = Golden("mixtral")
+    config = {**golden.config, "num_hidden_layers": 4096, "num_local_experts": 4096}
+    description = archs.describe(config)
+    with pytest.raises(ModelFormatError, match="lacks"):
+        resolve(description.names, description.spec, json.loads(golden.metadata["tensors"]))
+
+
+sizes = st.integers(1, 2**31 - 1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+ropes = st.builds(
+    RopeSpec,
+    rope_type=st.sampled_from(["default", "yarn", "longrope"]),
+    rope_theta=numbers,
+    rotary_dim=sizes,
+    factor=st.none() | numbers,
+    truncate=st.none() | st.booleans(),
+    short_factor=st.none() | st.lists(numbers).map(tuple),
+)
+SIZES = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+]
+layers = st.builds(
+    LayerSpec,
+    rope=st.none() | st.integers(0, 3),
+    sliding_window=st.none() | sizes,
+    experts=st.booleans(),
+)
+specs = st.builds(
+    ModelSpec,
+    **dict.fromkeys(
+        SIZES,
+        sizes,
+    ),
+    layers=st.lists(layers, max_size=4).map(tuple),
+    ropes=st.lists(ropes, max_size=2).map(tuple),
+    norm=st.sampled_from(["rms", "layer"]),
+    norm_eps=numbers,
+    hidden_act=st.text(max_size=8),
+    mlp=st.text(max_size=8),
+    mlp_alpha=st.none() | numbers,
+    attention_scale=numbers,
+    clip_qkv=st.none() | numbers,
+    alibi=st.booleans(),
+    moe=st.none()
+    | st.builds(
+        ExpertsSpec,
+        num_experts=sizes,
+        num_experts_per_tok=sizes,
+        moe_intermediate_size=sizes,
+        routing=st.text(max_size=8),
+    ),
+)
+
+
+@given(spec=specs)
+def test_a_spec_survives_json(spec):
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+@given(spec=specs, data=st.data())
+def test_a_spec_with_something_wrong_is_refused(spec, data):
+    plain = json.loads(spec.to_json())
+    key = data.draw(st.sampled_from(sorted(plain)))
+    wrong = data.draw(st.sampled_from([{"x": 1}, [[]], "a word", None, -0.5]))
+    if isinstance(plain[key], (str, float)) and isinstance(wrong, type(plain[key])):
+        return
+    plain[key] = wrong
+    text = json.dumps(plain)
+    try:
+        assert ModelSpec.from_json(text) is not None
+        assert wrong is None or isinstance(plain[key], list)
+    except ModelFormatError as error:
+        assert key in str(error)  # noqa: PT017
+
+
+def test_broken_specs_are_refused():
+    for text in ("", "[", "[]", "3", '{"a": 1}', "{}", "[" * 100_000):
+        with pytest.raises(ModelFormatError):
+            ModelSpec.from_json(text)

@@ -13,7 +13,7 @@ const SAMPLE: usize = 256;
 /// Rows they come from.
 const SAMPLE_ROWS: usize = 64;
 /// Neighbouring rungs differ by one of these factors.
-const RATIOS: [f64; 6] = [1.05, 1.07, 1.09, 1.12, 1.16, 1.22];
+const RATIOS: [f64; 8] = [1.03, 1.05, 1.07, 1.09, 1.12, 1.16, 1.22, 1.3];
 /// Rounds of learning before and after the ladder's ratio is chosen.
 const ROUNDS: usize = 4;
 
@@ -81,7 +81,8 @@ pub(super) fn tables(
         book = learn(&book, &ladder, block, sample);
     }
     if block < SUPER {
-        let error = |r: f64| sample.error(&Levels::new(&book, &scales(block, geometric(r))));
+        let error =
+            |r: f64| sample.error(&Levels::new(&book, &scales(block, geometric(r))).coarse());
         let errors = RATIOS.map(error);
         let best = (0..RATIOS.len())
             .min_by(|&a, &b| errors[a].total_cmp(&errors[b]))
@@ -107,7 +108,7 @@ fn geometric(ratio: f64) -> [u8; 16] {
 
 /// One step of Lloyd's algorithm: fit the sample, then move each entry to the least-squares value of its weights.
 fn learn(book: &[i8], ladder: &[u8; 16], block: usize, sample: &Sample) -> Vec<i8> {
-    let levels = Levels::new(book, &scales(block, *ladder));
+    let levels = Levels::new(book, &scales(block, *ladder)).coarse();
     let fits = sample.fits(&levels);
     let (mut wc, mut cc) = (vec![0f64; book.len()], vec![0f64; book.len()]);
     let mut scratch = Scratch::default();
@@ -116,8 +117,7 @@ fn learn(book: &[i8], ladder: &[u8; 16], block: usize, sample: &Sample) -> Vec<i
             continue;
         }
         let sw = f64::from(fit.scale.to_f32());
-        Levels::rescale(fit, w, &mut scratch);
-        levels.codes(fit, &scratch, w.len(), |j, code| {
+        levels.codes(fit, w, &mut scratch, |j, code| {
             let rung = usize::from(fit.rungs[j / block]);
             let step = sw
                 * if block < SUPER {

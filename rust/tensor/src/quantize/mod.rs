@@ -16,11 +16,10 @@ mod search;
 
 use std::sync::Arc;
 
-use half::bf16;
 use rayon::prelude::*;
 
 pub use codebook::CodebookFormat;
-use search::{Fit, Levels, Scratch};
+use search::{Levels, Scratch};
 
 use crate::{Bytes, CHUNK, Codebook, Error, KLayout, KTensor, ROWS, Result, SUPER, Scales};
 
@@ -274,7 +273,19 @@ impl Panel {
                 let run = &self.values[row * inputs + from..row * inputs + to];
                 let weights = importance.map(|i| &i[from..to]);
                 let fit = levels.search(run, weights, &mut self.scratch);
-                self.store(layout, levels, row, sup, &fit, run.len(), out);
+                let at = layout.wide_offset(row, sup, 0);
+                out[at..at + 2].copy_from_slice(&fit.scale.to_le_bytes());
+                if levels.block < SUPER {
+                    let first = sup * (SUPER / levels.block);
+                    let blocks = run.len().div_ceil(levels.block);
+                    for (k, &rung) in fit.rungs.iter().take(blocks).enumerate() {
+                        let (at, high) = layout.rung_offset(row, first + k);
+                        out[at] |= if high { rung << 4 } else { rung };
+                    }
+                }
+                levels.codes(&fit, run, &mut self.scratch, |j, code| {
+                    self.codes[j / 4 * 64 + row * 4 + j % 4] = code;
+                });
             }
             for (chunk, codes) in self.codes.chunks_exact(ROWS * CHUNK).enumerate() {
                 let chunk = sup * (SUPER / CHUNK) + chunk;
@@ -287,37 +298,7 @@ impl Panel {
             }
         }
     }
-
-    /// Writes the scales of a row and super-block to `out` and its codes to `self.codes`.
-    fn store(
-        &mut self,
-        layout: &KLayout,
-        levels: &Levels,
-        row: usize,
-        sup: usize,
-        fit: &Fit,
-        n: usize,
-        out: &mut [u8],
-    ) {
-        let at = layout.wide_offset(row, sup, 0);
-        out[at..at + 2].copy_from_slice(&fit.scale.to_le_bytes());
-        if levels.block < SUPER {
-            let first = sup * (SUPER / levels.block);
-            for (k, &rung) in fit.rungs.iter().take(n.div_ceil(levels.block)).enumerate() {
-                let (at, high) = layout.rung_offset(row, first + k);
-                out[at] |= if high { rung << 4 } else { rung };
-            }
-        }
-        levels.codes(fit, &self.scratch, n, |j, code| {
-            self.codes[j / 4 * 64 + row * 4 + j % 4] = code;
-        });
-    }
 }
 
 /// Weights below 2^-100 in a whole super-block are stored as zeros (an activation below it is zero, too).
 const TINY: f32 = f32::from_bits((127 - 100) << 23);
-
-/// A bf16 as f32, by name at the places where rounding is part of the definition.
-fn round_bf16(x: f32) -> bf16 {
-    bf16::from_f32(x)
-}

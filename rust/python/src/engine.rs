@@ -128,10 +128,14 @@ impl Engine {
         &self.device
     }
 
-    #[pyo3(signature = (
-        ids, *, max_new_tokens, temperature = 1.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0,
-        eos = Vec::new(), logprobs = None
-    ))]
+    #[pyo3(
+        signature = (
+            ids, *, max_new_tokens, temperature = 1.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0,
+            seed = 0, eos = Vec::new(), logprobs = None
+        ),
+        text_signature = "($self, ids, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, \
+            repetition_penalty=1.0, seed=0, eos=(), logprobs=None)"
+    )]
     fn submit(
         &self,
         py: Python<'_>,

@@ -26,6 +26,8 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        crate::error::register(module)
+        crate::error::register(module)?;
+        // The stub says what is public.
+        module.delattr("__all__")
     }
 }

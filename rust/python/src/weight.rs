@@ -341,7 +341,12 @@ pub(crate) fn transform(step: &Bound<'_, PyTuple>) -> PyResult<Transform> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (sources, *, transforms = Vec::new(), bits = None, dtype = None, format = "learned", block = None, threads = 0))]
+#[pyo3(
+    signature = (
+        sources, *, transforms = Vec::new(), bits = None, dtype = None, format = "learned", block = None, threads = 0
+    ),
+    text_signature = "(sources, *, transforms=(), bits=None, dtype=None, format='learned', block=None, threads=0)"
+)]
 pub(crate) fn load_weight(
     py: Python<'_>,
     sources: Vec<(Py<TensorFile>, String)>,

@@ -3,6 +3,7 @@
 //! The crate knows no device, no Python and no model's name. [`compile`] turns a [`spec::ModelSpec`] and the names of the
 //! tensors that exist into a program; a device prepares it into a runner; [`Engine`] drives the runner.
 
+mod checkpoint;
 mod compile;
 mod engine;
 mod interpret;
@@ -10,6 +11,7 @@ mod rope;
 mod sampler;
 pub mod spec;
 
+pub use checkpoint::EngineOptions;
 pub use compile::{alibi_slopes, compile};
 pub use engine::{Engine, Finish, Generate, Pass, PassKind, PassOutput, Request, Stats, Token};
 pub use interpret::Reference;

@@ -1,13 +1,12 @@
 //! `Engine`, `Request`, `Token`: the step loop and its handles.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use kbit_model::spec::ModelSpec;
-use kbit_model::{Finish, Generate, PassKind, PassOutput, Sampling};
+use kbit_model::{EngineOptions, Finish, Generate, PassKind, PassOutput, Sampling};
 use kbit_tensor::Error;
-use kbit_tensor::program::{Activations, CacheType, Device, Options, Program};
+use kbit_tensor::program::{Activations, CacheType, Device, Options};
 use numpy::PyReadonlyArray1;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -21,7 +20,6 @@ use crate::weight::collect;
 pub(crate) struct Engine {
     engine: kbit_model::Engine,
     device: String,
-    program: Arc<Program>,
 }
 
 /// The device of that name.
@@ -76,40 +74,25 @@ impl Engine {
         context: Option<usize>,
         max_batch: usize,
     ) -> PyResult<Self> {
-        let spec: ModelSpec =
-            serde_json::from_str(spec).map_err(|e| raise(Error::Format(format!("spec: {e}"))))?;
-        let mut weights = collect(weights)?;
+        let weights = collect(weights)?;
         let device = self::device(device)?;
         let name = device.name();
-        let activations = self::activations(activations)?;
-        let options = Options {
-            activations,
-            cache: cache_type(kv)?,
-            threads,
-            cache_bytes,
+        let options = EngineOptions {
+            device: Options {
+                activations: self::activations(activations)?,
+                cache: cache_type(kv)?,
+                threads,
+                cache_bytes,
+            },
+            context,
+            max_batch,
         };
-        let (engine, program) = interruptible(py, move |_| {
-            let program = Arc::new(kbit_model::compile(
-                &spec,
-                weights.keys().map(String::as_str),
-                context,
-            )?);
-            // The compiler has seen that all are there.
-            let ordered = program
-                .weights
-                .iter()
-                .filter_map(|name| weights.remove(name))
-                .collect();
-            let runner = device.prepare(program.clone(), ordered, options)?;
-            Ok((
-                kbit_model::Engine::new(&program, runner, max_batch)?,
-                program,
-            ))
-        })?;
+        let spec = spec.to_string();
+        let build =
+            move |_: &AtomicBool| kbit_model::Engine::build(&spec, weights, &*device, options);
         Ok(Self {
-            engine,
+            engine: interruptible(py, build)?,
             device: name,
-            program,
         })
     }
 
@@ -202,8 +185,9 @@ impl Engine {
         }
         if attentions {
             let layers = PyList::empty(py);
-            for (layer, weights) in self.program.cache.iter().zip(out.attentions) {
-                layers.append(shaped(py, weights, &[layer.q_heads, n, n])?)?;
+            for weights in out.attentions {
+                let heads = weights.len() / (n * n);
+                layers.append(shaped(py, weights, &[heads, n, n])?)?;
             }
             all.set_item("attentions", layers)?;
         }

@@ -16,7 +16,10 @@ use crate::file::TensorFile;
 use crate::weight::{Weight, transform};
 
 #[pyfunction]
-#[pyo3(signature = (dialect, parts, *, transforms = Vec::new(), bits = None, block = None))]
+#[pyo3(
+    signature = (dialect, parts, *, transforms = Vec::new(), bits = None, block = None),
+    text_signature = "(dialect, parts, *, transforms=(), bits=None, block=None)"
+)]
 pub(crate) fn load_packed(
     py: Python<'_>,
     dialect: String,

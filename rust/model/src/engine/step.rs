@@ -142,11 +142,15 @@ impl Loop {
             if !plan.is_empty() {
                 self.execute(&plan);
             }
-            let mut stats = lock(&self.shared.stats);
-            stats.cache_bytes = self.runner.cache_bytes();
-            stats.running = self.active.len() + usize::from(self.pass.is_some());
-            stats.waiting = self.requests.len() + self.passes.len();
+            self.publish();
         }
+    }
+
+    fn publish(&self) {
+        let mut stats = lock(&self.shared.stats);
+        stats.cache_bytes = self.runner.cache_bytes();
+        stats.running = self.active.len() + usize::from(self.pass.is_some());
+        stats.waiting = self.requests.len() + self.passes.len();
     }
 
     /// Takes what was submitted, waiting when there is nothing else to do.
@@ -407,6 +411,8 @@ impl Loop {
         if let Some(active) = active {
             self.runner.close(active.sequence);
             self.full = false;
+            // Whoever hears of the end shall not find the request counted.
+            self.publish();
             active.job.slot.end(end);
         }
     }

@@ -292,6 +292,10 @@ impl Interpreter {
                         }
                     ];
                     for (t, row) in queries.chunks_exact(width(*qkv)).enumerate() {
+                        // The one operation whose cost grows with the context.
+                        if cancel.load(Ordering::Relaxed) {
+                            return Err(Error::Cancelled);
+                        }
                         let to = &mut buffers[to.0 as usize][t * width(*to)..][..width(*to)];
                         attention.token(row, start + t, to);
                         if want.attentions {

@@ -279,7 +279,8 @@ class Model:
         documents: Sequence[Any] | None = None,
     ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
         """The ids that `chat` gives to the model, and the stop strings that belong to them."""
-        raise NotImplementedError
+        prompt = self.tokenizer.chat(messages, tools=tools, documents=documents)
+        return prompt.ids, prompt.stop
 
     def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any

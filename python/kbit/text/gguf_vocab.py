@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from kbit._core import ModelFormatError, UnsupportedModelError
+from kbit.text import sentencepiece
 from kbit.text.merges import merges_from_scores
-from kbit.text.pieces import SPACE, Pieces, spaces
+from kbit.text.pieces import SPACE, Pieces, spaces, word_piece
+from kbit.text.vocabulary import (
+    BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ControlToken, Vocabulary, check_tokens,
+)  # fmt: skip
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Token types."""
-
-MAX_TOKENS = 4_000_000
-MAX_TOKEN_BYTES = 64 << 10
 END_OF_TURN = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
     "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>",
@@ -161,51 +160,16 @@ PRE_TOKENIZERS = _pre_table()
 """Every name of `tokenizer.ggml.pre` that kbit knows."""
 
 
-@dataclass
-class Vocabulary:
-    """A tokenizer and what the file says about its use; ids that are absent are None.
-
-    Attributes:
-        core: Text to ids.
-        pieces: Ids to bytes.
-        prefix: Ids put before a text unless the caller says otherwise.
-        suffix: Ids put after it.
-        special_ids: Ids of control tokens.
-    """
-
-    core: tokenizers.Tokenizer
-    pieces: Pieces
-    bos_id: int | None = None
-    eos_ids: list[int] = field(default_factory=list)
-    unk_id: int | None = None
-    pad_id: int | None = None
-    prefix: list[int] = field(default_factory=list)
-    suffix: list[int] = field(default_factory=list)
-    special_ids: frozenset[int] = frozenset()
-
-
 class Metadata:
     """The keys `tokenizer.ggml.*`, typed."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
-        self.tokens = self._strings("tokens")
-        if not self.tokens:
-            raise ModelFormatError("tokenizer.ggml.tokens is missing or empty: the file carries no tokenizer")
-        count = len(self.tokens)
-        if count > MAX_TOKENS:
-            raise ModelFormatError(f"tokenizer.ggml.tokens has {count} tokens; at most {MAX_TOKENS} are read")
-        longest = max(map(len, self.tokens))
-        if longest > MAX_TOKEN_BYTES:
-            raise ModelFormatError(f"tokenizer.ggml.tokens has a token of {longest} characters; at most {MAX_TOKEN_BYTES} are read")
+        tokens = self._strings("tokens")
         # A token of no characters has no text to match; llama.cpp gives it a name as well.
-        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.tokens)]
-        if len(set(self.tokens)) != count:
-            seen: dict[str, int] = {}
-            for i, token in enumerate(self.tokens):
-                if token in seen:
-                    raise ModelFormatError(f"tokenizer.ggml.tokens: ids {seen[token]} and {i} are both {token!r}")
-                seen[token] = i
+        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+        check_tokens(self.tokens, "tokenizer.ggml.tokens")
+        count = len(self.tokens)
         self.scores = self._numbers("scores", count, 0.0)
         self.types = [int(kind) for kind in self._numbers("token_type", count, NORMAL)]
 
@@ -229,11 +193,11 @@ class Metadata:
         return value
 
     def token_id(self, *keys: str) -> int | None:
-        """The id under the first key there is; an id outside the vocabulary (writers use 2**32 - 1) is no id."""
+        """The id under the first key that has one; an id outside the vocabulary (writers use 2**32 - 1) is no id."""
         for key in keys:
             value = self.get(f"{key}_token_id")
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value if 0 <= value < len(self.tokens) else None
+            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.tokens):
+                return value
         return None
 
     def ids_of(self, kind: int) -> list[int]:
@@ -254,12 +218,12 @@ class Metadata:
         return merges
 
     def _strings(self, key: str) -> list[str]:
-        value = self.get(key)
+        value: Any = self.get(key)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        if not isinstance(value, list) or not all(type(each) is str for each in cast("list[Any]", value)):
             raise ModelFormatError(f"tokenizer.ggml.{key} is not an array of strings")
-        return value
+        return cast("list[str]", value)
 
     def _numbers(self, key: str, count: int, default: float) -> list[float]:
         value = self.get(key)
@@ -283,19 +247,20 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
     """
     meta = Metadata(metadata)
     model = meta.text("model", "")
-    if model == "llama":
-        vocabulary = _spm(meta)
-    elif model == "gpt2":
-        vocabulary = _bpe(meta)
-    else:
+    read_kind = {"llama": _spm, "gpt2": _bpe, "gemma4": _bpe, "bert": _wordpiece, "t5": _unigram}.get(model)
+    if read_kind is None:
         raise UnsupportedModelError(
-            f"tokenizer.ggml.model is {model!r}; kbit reads llama (SentencePiece BPE), gpt2 (byte-level BPE), "
+            f"tokenizer.ggml.model is {model!r}; kbit reads llama (SentencePiece BPE), gpt2 (byte-level BPE), gemma4, "
             "bert (WordPiece) and t5 (Unigram)"
         )
-    vocabulary.special_ids = frozenset(meta.ids_of(CONTROL) + meta.ids_of(UNKNOWN))
+    vocabulary = read_kind(meta)
+    control = sorted(meta.ids_of(CONTROL) + meta.ids_of(UNKNOWN))
+    vocabulary.control = [ControlToken(i, meta.tokens[i]) for i in control]
     vocabulary.unk_id = meta.token_id("unknown")
     vocabulary.pad_id = meta.token_id("padding")
     vocabulary.eos_ids = _ends(meta)
+    named = {"bos": vocabulary.bos_id, "eos": meta.token_id("eos"), "unk": vocabulary.unk_id, "pad": vocabulary.pad_id}
+    vocabulary.names = {f"{name}_token": meta.tokens[i] for name, i in named.items() if i is not None}
     return vocabulary
 
 
@@ -349,7 +314,7 @@ def _spm(meta: Metadata) -> Vocabulary:
 
 
 def _bpe(meta: Metadata) -> Vocabulary:
-    name = meta.text("pre", "default")
+    name = "gemma4" if meta.text("model", "") == "gemma4" else meta.text("pre", "default")
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         known = ", ".join(sorted(PRE_TOKENIZERS))
@@ -378,4 +343,56 @@ def _bpe(meta: Metadata) -> Vocabulary:
     pieces = Pieces(byte_level=True) if pre.byte_level else Pieces(byte_fallback=True, steps=(spaces,))
     vocabulary = Vocabulary(core, pieces)
     _affixes(meta, vocabulary, pre.add_bos, False, None)
+    return vocabulary
+
+
+def _wordpiece(meta: Metadata) -> Vocabulary:
+    """BERT's WordPiece. GGUF writes the start of a word as U+2581 where BERT's files write ``##`` for its inside."""
+    marked = any(token.startswith(SPACE) for token in meta.tokens)
+    special = {*meta.ids_of(CONTROL), *meta.ids_of(UNKNOWN)}
+    words = meta.tokens
+    if marked:
+        words = [
+            token if i in special else token[1:] if token.startswith(SPACE) else "##" + token
+            for i, token in enumerate(meta.tokens)
+        ]
+        check_tokens(words, "tokenizer.ggml.tokens")
+    unknown = meta.token_id("unknown")
+    if unknown is None:
+        raise ModelFormatError("tokenizer.ggml.unknown_token_id is missing: WordPiece needs a token for unknown words")
+    vocab = {word: i for i, word in enumerate(words)}
+    core = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=words[unknown], max_input_chars_per_word=100))
+    lowercase = meta.flag("normalizer.lowercase", True)
+    core.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=meta.flag("normalizer.strip_accents", lowercase)
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    _add_tokens(core, meta)
+    vocabulary = Vocabulary(core, word_piece("##", tidy=True))
+    first = meta.token_id("cls", "bos")
+    last = meta.token_id("seperator", "separator", "eos")
+    vocabulary.bos_id = first
+    vocabulary.prefix = [first] if first is not None and meta.flag("add_bos_token", True) else []
+    vocabulary.suffix = [last] if last is not None and meta.flag("add_eos_token", True) else []
+    return vocabulary
+
+
+def _unigram(meta: Metadata) -> Vocabulary:
+    """SentencePiece Unigram."""
+    rules = meta.get("precompiled_charsmap")
+    if rules is not None and not isinstance(rules, bytes):
+        try:
+            rules = bytes([int(each) & 0xFF for each in rules])
+        except (TypeError, ValueError):
+            raise ModelFormatError("tokenizer.ggml.precompiled_charsmap is not an array of bytes") from None
+    unknown = meta.token_id("unknown")
+    vocabulary = sentencepiece.build(
+        sentencepiece.Model(
+            sentencepiece.UNIGRAM, meta.tokens, meta.scores, meta.types, charsmap=rules or b"",
+            dummy_prefix=meta.flag("add_space_prefix", True),
+            remove_extra_spaces=meta.flag("remove_extra_whitespaces", True),
+            byte_fallback=len(meta.ids_of(BYTE)) == 256, unk_id=-1 if unknown is None else unknown,
+        )
+    )  # fmt: skip
+    _affixes(meta, vocabulary, False, True, None)
     return vocabulary

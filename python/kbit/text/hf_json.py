@@ -14,11 +14,11 @@ MAX_BYTES = 256 << 20
 """Largest tokenizer.json read."""
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file.
+def read_bytes(path: Path) -> bytes | None:
+    """The bytes of a file; None where there is no such file.
 
     Raises:
-        ModelFormatError: Not a JSON object, a key twice, nested too deeply, or larger than 256 MiB.
+        ModelFormatError: Larger than 256 MiB.
         OSError: It cannot be read.
     """
     try:
@@ -27,7 +27,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     if size > MAX_BYTES:
         raise ModelFormatError(f"{path.name}: {size} bytes; at most {MAX_BYTES} are read")
-    return parse_json(path.read_bytes(), path.name)
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file.
+
+    Raises:
+        ModelFormatError: Not a JSON object, a key twice, nested too deeply, or larger than 256 MiB.
+        OSError: It cannot be read.
+    """
+    data = read_bytes(path)
+    return None if data is None else parse_json(data, path.name)
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
@@ -55,6 +66,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ModelFormatError(f"the key {key!r} stands twice in one object")
             seen.add(key)
     return value
+
+
+def check(spec: dict[str, Any]) -> None:
+    """Refuse what `tokenizers` would not bound.
+
+    Raises:
+        ModelFormatError: Tokens of the wrong form.
+    """
+    added = spec.get("added_tokens")
+    for token in cast("list[Any]", added) if isinstance(added, list) else []:
+        match token:
+            case {"id": int(), "content": str()}:
+                pass
+            case _:
+                raise ModelFormatError(f"tokenizer.json: an added token is {token!r:.80}, without an id and content")
 
 
 def build(data: bytes) -> tokenizers.Tokenizer:

@@ -109,10 +109,9 @@ def from_json(decoder: Any) -> Pieces:
             keep = part.get("prepend_scheme") == "never" or part.get("add_prefix_space") is False
             first.append(_replace(mark, " " if keep else ""))
         elif kind == "WordPiece":
-            prefix = str(part.get("prefix", "##"))
-            tidy = _tidy if part.get("cleanup", True) else str
-            steps.append(_word_piece(prefix, tidy))
-            first.append(tidy)
+            words = word_piece(str(part.get("prefix", "##")), tidy=bool(part.get("cleanup", True)))
+            steps += words.steps
+            first += words.first or ()
         elif kind == "BPEDecoder":
             step = _replace(str(part.get("suffix", "</w>")), " ")
         elif kind == "Strip" and fused and part.get("stop", 0) == 0:
@@ -132,8 +131,12 @@ def _replace(old: str, new: str) -> Step:
     return lambda token: token.replace(old, new)
 
 
-def _word_piece(prefix: str, tidy: Step) -> Step:
-    return lambda token: tidy(token.removeprefix(prefix) if token.startswith(prefix) else " " + token)
+def word_piece(prefix: str, *, tidy: bool) -> Pieces:
+    """BERT's words: a token is a word of its own unless it begins with `prefix`."""
+    clean = _tidy if tidy else str
+    return Pieces(
+        steps=(lambda token: clean(token[len(prefix) :] if token.startswith(prefix) else " " + token),), first=(clean,)
+    )
 
 
 def _tidy(token: str) -> str:

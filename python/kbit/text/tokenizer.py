@@ -5,68 +5,68 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from kbit._core import ModelFormatError
-from kbit.text import gguf_vocab, hf_json, pieces
-from kbit.text.gguf_vocab import Vocabulary
+from kbit.text import directory, gguf_vocab
+from kbit.text.chat import Chat, ChatPrompt
 from kbit.text.stream import StreamDecoder
+from kbit.text.vocabulary import ControlToken, ControlTokens, Vocabulary
 
 
 class Tokenizer:
     """Text to token ids and back. Safe to share between threads.
 
     Attributes:
+        vocab_size: One more than the largest id.
         bos_id: The token that begins a text; None where the model has none.
+        unk_id: The token for what cannot be written; None where everything can.
+        pad_id: The token that fills up batches; None where the model has none.
         eos_ids: Tokens that end an answer, from generation_config.json, config.json and the tokenizer itself.
         prefix: Ids that `encode` puts before a text (usually ``[bos_id]`` or nothing).
         suffix: Ids that `encode` puts after a text (nothing for a decoder).
-        chat_template: Source of the default chat template; None where there is none.
-        chat_templates: All templates by name.
+        special_ids: Ids of control tokens.
+        chat_templates: Sources of chat templates by name; the usual one is ``default``.
     """
 
-    def __init__(self, vocabulary: Vocabulary, chat_templates: Mapping[str, str] | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, chat_templates: Mapping[str, str]) -> None:
         self._core = vocabulary.core
+        self._inner = vocabulary.inner
+        self._own_encode = vocabulary.encode
+        self._names = vocabulary.names
+        self._control = ControlTokens(vocabulary.control)
         self._lock = threading.Lock()
         self._bytes: dict[tuple[int, bool], bytes] = {}
         self.pieces = vocabulary.pieces
-        self.special_ids = vocabulary.special_ids
+        self.special_ids = frozenset(token.id for token in vocabulary.control)
         self.bos_id = vocabulary.bos_id
         self.unk_id = vocabulary.unk_id
         self.pad_id = vocabulary.pad_id
         self.eos_ids = tuple(vocabulary.eos_ids)
         self.prefix = list(vocabulary.prefix)
         self.suffix = list(vocabulary.suffix)
-        self.chat_templates = dict(chat_templates or {})
-        ids = self._core.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids, default=-1) + 1
+        self.chat_templates = dict(chat_templates)
+        self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._chat = Chat(self, vocabulary.control)
 
     @property
     def chat_template(self) -> str | None:
-        """Source of the default chat template."""
+        """Source of the usual chat template; None where there is none."""
         return self.chat_templates.get("default")
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face directory.
+        """The tokenizer of a Hugging Face directory: tokenizer.json, else tokenizer.model (SentencePiece).
 
         Raises:
             ModelFormatError: A file breaks its format, or there is no tokenizer.
-            UnsupportedModelError: A decoder that kbit does not know.
+            UnsupportedModelError: A kind of tokenizer that kbit does not know.
             OSError: A file cannot be read.
         """
-        root = Path(path)
-        file = root / "tokenizer.json"
-        spec = hf_json.read_json(file)
-        if spec is None:
-            raise ModelFormatError(f"{root}: no tokenizer.json")
-        config = hf_json.read_json(root / "tokenizer_config.json") or {}
-        vocabulary = _from_json(spec, hf_json.build(file.read_bytes()), config, root)
-        return cls(vocabulary, _templates(root, config))
+        return cls(*directory.read(Path(path)))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -76,8 +76,14 @@ class Tokenizer:
             ModelFormatError: Keys are missing, of the wrong type, or contradict each other.
             UnsupportedModelError: A kind of vocabulary or pre-tokenizer that kbit does not know.
         """
-        templates = {"default": metadata["tokenizer.chat_template"]} if "tokenizer.chat_template" in metadata else {}
-        for name in metadata.get("tokenizer.chat_templates", []):
+        templates: dict[str, str] = {}
+        default = metadata.get("tokenizer.chat_template")
+        if isinstance(default, str):
+            templates["default"] = default
+        elif default is not None:
+            raise ModelFormatError(f"tokenizer.chat_template is a {type(default).__name__}, not a string")
+        names = metadata.get("tokenizer.chat_templates")
+        for name in cast("list[Any]", names) if isinstance(names, list) else []:
             source = metadata.get(f"tokenizer.chat_template.{name}")
             if isinstance(source, str):
                 templates.setdefault(str(name), source)
@@ -92,6 +98,9 @@ class Tokenizer:
                 writes is text.
             add_bos: Put `prefix` and `suffix` around the ids. None: as the model wants. A prefix that the text already
                 wrote itself is never doubled.
+
+        Raises:
+            ModelFormatError: The tokenizer file holds a pattern that fails on this text.
         """
         ids = self._encode(well_formed(text), special)
         if add_bos or add_bos is None:
@@ -103,6 +112,50 @@ class Tokenizer:
             if self.suffix and ids[-len(self.suffix) :] != self.suffix:
                 ids = ids + self.suffix
         return np.asarray(ids, dtype=np.uint32)
+
+    def encode_part(self, text: str, *, continues: bool) -> list[int]:
+        """Ids of a stretch of text between control tokens, none of it parsed as one.
+
+        Args:
+            text: The stretch.
+            continues: It does not begin the text, so no space is put before it where only the first gets one.
+        """
+        if self._inner is None or not continues:
+            return self._encode(well_formed(text), special=False)
+        return self._run(self._inner, well_formed(text), special=False)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None, add_generation_prompt: bool = True,
+        template: str | None = None, **variables: Any,
+    ) -> ChatPrompt:  # fmt: skip
+        """A conversation as token ids, written by the model's chat template.
+
+        Only control tokens that the template itself writes become control tokens: what stands in messages, tools,
+        documents and variables is text. The ids are those of transformers' `apply_chat_template`, which adds no
+        beginning-of-text token that the template did not write. A model without a template gets the plain format:
+        ``User: hi``, a blank line, ``Assistant:``.
+
+        Args:
+            messages: ``{"role": "user", "content": "hi"}`` and so on.
+            tools: JSON schemas of functions the model may call.
+            documents: Texts the model may use.
+            add_generation_prompt: End with what begins the assistant's answer.
+            template: The name of one of `chat_templates`, or a source.
+            variables: More names for the template.
+
+        Raises:
+            TemplateError: The template fails, refuses the conversation, or goes beyond its bounds.
+            TypeError: An argument that is not JSON-like data.
+        """
+        return self._chat.prompt(
+            messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, template=template,
+            **variables,
+        )  # fmt: skip
+
+    def special_texts(self) -> dict[str, str]:
+        """Texts of named special tokens, as templates know them: ``bos_token`` and so on."""
+        return dict(self._names)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of `ids`.
@@ -133,7 +186,7 @@ class Tokenizer:
             return None
         known = self._bytes.get((token_id, first))
         if known is None:
-            token = self._core.id_to_token(token_id) if token_id < self.vocab_size else None
+            token = self.token(token_id)
             if token is None:
                 return None
             known = token.encode() if token_id in self.special_ids else self.pieces.of(token, first=first)
@@ -145,13 +198,27 @@ class Tokenizer:
         return self._core.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
 
     def token_id(self, token: str) -> int | None:
-        """Id of a token as the vocabulary writes it."""
+        """Id of a token as the vocabulary writes it; None if it is none."""
         return self._core.token_to_id(token)
 
     def _encode(self, text: str, special: bool) -> list[int]:
+        if self._own_encode is None:
+            return self._run(self._core, text, special)
+        ids: list[int] = []
+        for part in self._control.split(text) if special else [text]:
+            ids += [part.id] if isinstance(part, ControlToken) else self._own_encode(part)
+        return ids
+
+    def _run(self, core: Any, text: str, special: bool) -> list[int]:
         with self._lock:  # the switch belongs to the shared object
-            self._core.encode_special_tokens = not special
-            return self._core.encode(text, add_special_tokens=False).ids
+            core.encode_special_tokens = not special
+            try:
+                return core.encode(text, add_special_tokens=False).ids
+            except BaseException as error:
+                # A pattern that Oniguruma gives up on is a panic in `tokenizers`, which is no Exception.
+                if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+                    raise
+                raise ModelFormatError(f"the tokenizer fails on a text of {len(text)} characters: {error}") from None
 
 
 def well_formed(text: str) -> str:
@@ -161,64 +228,3 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _from_json(spec: dict[str, Any], core: tokenizers.Tokenizer, config: dict[str, Any], root: Path) -> Vocabulary:
-    special = {int(t["id"]) for t in spec.get("added_tokens") or [] if t.get("special")}
-    vocabulary = Vocabulary(core, pieces.from_json(spec.get("decoder")), special_ids=frozenset(special))
-    vocabulary.prefix, vocabulary.suffix = _affixes(core)
-    for name in ("bos", "unk", "pad"):
-        token = _token_text(config.get(f"{name}_token"))
-        setattr(vocabulary, f"{name}_id", None if token is None else core.token_to_id(token))
-    if config.get("add_bos_token") is False and vocabulary.prefix == [vocabulary.bos_id]:
-        vocabulary.prefix = []
-    if config.get("add_bos_token") is True and not vocabulary.prefix and vocabulary.bos_id is not None:
-        vocabulary.prefix = [vocabulary.bos_id]
-    ends: list[int] = []
-    eos = _token_text(config.get("eos_token"))
-    if eos is not None and (i := core.token_to_id(eos)) is not None:
-        ends.append(i)
-    generation = hf_json.read_json(root / "generation_config.json") or {}
-    model = hf_json.read_json(root / "config.json") or {}
-    for source in (generation, model):
-        value = source.get("eos_token_id")
-        ends += [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
-    vocabulary.eos_ids = sorted(set(ends))
-    return vocabulary
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token in a config: a string, or an object with its content."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _affixes(core: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """What the post-processor puts before and after a text, seen on one word."""
-    plain: Sequence[int] = core.encode("a", add_special_tokens=False).ids
-    full: list[int] = core.encode("a", add_special_tokens=True).ids
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == list(plain):
-            return full[:start], full[start + len(plain) :]
-    return [], []
-
-
-def _templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates of a directory: tokenizer_config.json, then the files that newer checkpoints carry instead."""
-    templates: dict[str, str] = {}
-    value = config.get("chat_template")
-    if isinstance(value, str):
-        templates["default"] = value
-    elif isinstance(value, list):
-        for each in value:
-            if isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("template"), str):
-                templates[each["name"]] = each["template"]
-    for name, path in [("default", root / "chat_template.jinja"), *_named_templates(root)]:
-        if path.is_file():
-            templates[name] = path.read_bytes().decode("utf-8", "strict")
-    return templates
-
-
-def _named_templates(root: Path) -> list[tuple[str, Path]]:
-    return [(path.stem, path) for path in sorted((root / "additional_chat_templates").glob("*.jinja"))]

@@ -55,7 +55,9 @@ class Budget:
     def take(self, size: int) -> None:
         """Count `size` bytes that are about to be made."""
         if size > MAX_TEXT:
-            raise TemplateError(f"the template makes a value of {size} bytes; at most {MAX_TEXT} are allowed")
+            raise TemplateError(
+                f"the template makes a value of {size} bytes; at most {MAX_TEXT} are allowed"
+            )
         self._memory -= size
         if self._memory < 0:
             raise TemplateError(f"the template uses more than {MAX_MEMORY} bytes")
@@ -99,7 +101,9 @@ class Budget:
             depth = max(depth, item_depth)
         self.step(1 + len(value) // 16)
         if weight > MAX_TEXT:
-            raise TemplateError(f"the template makes a value of {weight} characters and items; at most {MAX_TEXT} are allowed")
+            raise TemplateError(
+                f"the template makes a value of {weight} characters and items; at most {MAX_TEXT} are allowed"
+            )
         if depth >= MAX_NESTING:
             raise TemplateError(f"the template nests lists more than {MAX_NESTING} deep")
         return weight, depth + 1

@@ -14,8 +14,8 @@ _MEMO = 1 << 16
 class Charsmap:
     """Rules "these bytes become those", the longest match first.
 
-    The blob is the size of a double-array trie (u32), the trie (u32 units of darts-clone), and replacements that end with a
-    zero byte. Nothing in it is trusted: positions outside it match nothing.
+    The blob is the size of a double-array trie (u32), the trie (u32 units of darts-clone), and
+    replacements that end with a zero byte. Nothing in it is trusted: positions outside it match nothing.
 
     Raises:
         ModelFormatError: The blob is cut off.
@@ -23,13 +23,21 @@ class Charsmap:
 
     def __init__(self, blob: bytes) -> None:
         if len(blob) < 4:
-            raise ModelFormatError(f"tokenizer: the normalisation rules have {len(blob)} bytes, fewer than their size field")
+            raise ModelFormatError(
+                f"tokenizer: the normalisation rules have {len(blob)} bytes, fewer than their size field"
+            )
         (size,) = struct.unpack_from("<I", blob)
         if size % 4 or size + 4 > len(blob):
-            raise ModelFormatError(f"tokenizer: the normalisation rules say {size} bytes of trie and hold {len(blob) - 4}")
+            raise ModelFormatError(
+                f"tokenizer: the normalisation rules say {size} bytes of trie and hold {len(blob) - 4}"
+            )
         self._units = struct.unpack_from(f"<{size // 4}I", blob, 4)
         self._pool = blob[4 + size :]
         self._memo: dict[str, bool] = {}
+
+    def longest(self) -> int:
+        """Length of the longest replacement, in bytes."""
+        return max(map(len, self._pool.split(b"\0")))
 
     def match(self, text: str, at: int) -> tuple[int, str] | None:
         """The end of the longest rule that matches at `at`, and what it becomes."""
@@ -70,7 +78,9 @@ class Charsmap:
     def _replacement(self, start: int) -> str:
         end = self._pool.find(b"\0", start, start + MAX_REPLACEMENT)
         if start >= len(self._pool) or end < 0:
-            raise ModelFormatError(f"tokenizer: a normalisation rule has no replacement of at most {MAX_REPLACEMENT} bytes")
+            raise ModelFormatError(
+                f"tokenizer: a normalisation rule has no replacement of at most {MAX_REPLACEMENT} bytes"
+            )
         return self._pool[start:end].decode("utf-8", "replace")
 
 

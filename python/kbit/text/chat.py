@@ -1,7 +1,7 @@
 """Conversations to token ids.
 
-A template writes control tokens as text, and so may a user. What the user wrote stays text: its control tokens are marked
-before the template sees them, and the marks keep them apart from the template's own.
+A template writes control tokens as text, and so may a user. What the user wrote stays text: its
+control tokens are marked before the template sees them, which keeps them apart from its own.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ class Chat:
             ids = self._encode_marked(text, mark)
             if plain:
                 ids = [*self._tokenizer.prefix, *ids]
-            return ChatPrompt(np.asarray(ids, dtype=np.uint32), text.replace(mark, ""), PLAIN_STOP if plain else ())
+            return ChatPrompt(
+                np.asarray(ids, dtype=np.uint32),
+                text.replace(mark, ""),
+                PLAIN_STOP if plain else (),
+            )
         # A template writes its own beginning-of-text token; the plain format leaves it to the tokenizer.
         encoded = self._tokenizer.encode(text, special=True, add_bos=None if plain else False)
         return ChatPrompt(encoded, text, PLAIN_STOP if plain else ())
@@ -86,7 +90,9 @@ class Chat:
         if tools is not None and "tool_use" in templates:
             return templates["tool_use"]
         if templates and "default" not in templates:
-            raise ModelFormatError(f"the model has chat templates {sorted(templates)} and no default: name one")
+            raise ModelFormatError(
+                f"the model has chat templates {sorted(templates)} and no default: name one"
+            )
         return templates.get("default", PLAIN)
 
     def _mark(self, inputs: Any) -> str:
@@ -104,7 +110,9 @@ class Chat:
             elif isinstance(value, list | tuple):
                 stack.extend(value)
         if found and not free:
-            raise ValueError("the conversation holds control tokens and every noncharacter from U+FDD0 to U+FDEF")
+            raise ValueError(
+                "the conversation holds control tokens and every noncharacter from U+FDD0 to U+FDEF"
+            )
         return min(free) if found else ""
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:

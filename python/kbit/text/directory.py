@@ -39,13 +39,22 @@ def _from_json(spec: dict[str, Any], data: bytes) -> Vocabulary:
     core = hf_json.build(data)
     vocabulary = Vocabulary(core, pieces.from_json(spec.get("decoder")))
     vocabulary.control = [
-        ControlToken(token["id"], token["content"], bool(token.get("lstrip")), bool(token.get("rstrip")))
+        ControlToken(
+            token["id"], token["content"], bool(token.get("lstrip")), bool(token.get("rstrip"))
+        )
         for token in spec.get("added_tokens") or []
         if token.get("special")
     ]
     vocabulary.prefix, vocabulary.suffix = _surroundings(core)
-    if '"prepend_scheme":"first"' in (pre := json.dumps(spec.get("pre_tokenizer"), separators=(",", ":"))):
-        inner = {**spec, "pre_tokenizer": json.loads(pre.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))}
+    if '"prepend_scheme":"first"' in (
+        pre := json.dumps(spec.get("pre_tokenizer"), separators=(",", ":"))
+    ):
+        inner = {
+            **spec,
+            "pre_tokenizer": json.loads(
+                pre.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+            ),
+        }
         vocabulary.inner = hf_json.build(json.dumps(inner).encode())
     return vocabulary
 
@@ -86,19 +95,28 @@ def _add_tokens(vocabulary: Vocabulary, root: Path, config: Mapping[str, Any]) -
             added[token_id] = AddedToken(text, normalized=False, special=True)
     listed = config.get("added_tokens_decoder")
     for key, token in cast("dict[str, Any]", listed).items() if isinstance(listed, dict) else ():
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and key.isdecimal() and len(key) < 10:
+        if (
+            isinstance(token, dict)
+            and isinstance(token.get("content"), str)
+            and key.isdecimal()
+            and len(key) < 10
+        ):
             flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "special")}
             added[int(key)] = AddedToken(token["content"], normalized=False, **flags)
     core = vocabulary.core
     known = {token.id for token in vocabulary.control}
     for token_id, token in sorted(added.items()):
-        if core.token_to_id(token.content) is None:
+        if vocabulary.id_of(token.content) is None:
             size = core.get_vocab_size(with_added_tokens=True)
             if token_id != size:
-                raise ModelFormatError(f"added token {token.content!r} has id {token_id}; the next free one is {size}")
+                raise ModelFormatError(
+                    f"added token {token.content!r} has id {token_id}; the next free one is {size}"
+                )
             core.add_tokens([token])
         if token.special and token_id not in known:
-            vocabulary.control.append(ControlToken(token_id, token.content, token.lstrip, token.rstrip))
+            vocabulary.control.append(
+                ControlToken(token_id, token.content, token.lstrip, token.rstrip)
+            )
 
 
 def _names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -116,9 +134,9 @@ def _names(config: Mapping[str, Any]) -> dict[str, str]:
 def _name(vocabulary: Vocabulary, named: Mapping[str, str]) -> None:
     vocabulary.names |= named
     for name in ("bos", "unk", "pad"):
-        text = vocabulary.names.get(f"{name}_token")
+        text = named.get(f"{name}_token")
         if text is not None:
-            setattr(vocabulary, f"{name}_id", vocabulary.core.token_to_id(text))
+            setattr(vocabulary, f"{name}_id", vocabulary.id_of(text))
 
 
 def _affix(vocabulary: Vocabulary, config: Mapping[str, Any]) -> None:
@@ -134,7 +152,7 @@ def _ends(vocabulary: Vocabulary, root: Path) -> None:
     """Ids that end an answer: what generation_config.json, config.json and the tokenizer say, all of them."""
     ends = set(vocabulary.eos_ids)
     eos = vocabulary.names.get("eos_token")
-    if eos is not None and (token_id := vocabulary.core.token_to_id(eos)) is not None:
+    if eos is not None and (token_id := vocabulary.id_of(eos)) is not None:
         ends.add(token_id)
     for name in ("generation_config.json", "config.json"):
         value = (hf_json.read_json(root / name) or {}).get("eos_token_id")
@@ -155,12 +173,18 @@ def _templates(root: Path, config: Mapping[str, Any]) -> dict[str, str]:
                 case {"name": str(name), "template": str(template)}:
                     templates[name] = template
                 case _:
-                    raise ModelFormatError(f"chat_template holds {each!r:.80}, not a name and a template")
-    named = [(path.stem, path) for path in sorted((root / "additional_chat_templates").glob("*.jinja"))]
+                    raise ModelFormatError(
+                        f"chat_template holds {each!r:.80}, not a name and a template"
+                    )
+    named = [
+        (path.stem, path) for path in sorted((root / "additional_chat_templates").glob("*.jinja"))
+    ]
     for name, path in [("default", root / "chat_template.jinja"), *named]:
         if path.is_file():
             if path.stat().st_size > 4 * MAX_SOURCE:
-                raise ModelFormatError(f"{path.name}: {path.stat().st_size} bytes; at most {4 * MAX_SOURCE} are read")
+                raise ModelFormatError(
+                    f"{path.name}: {path.stat().st_size} bytes; at most {4 * MAX_SOURCE} are read"
+                )
             try:
                 templates[name] = path.read_bytes().decode()
             except UnicodeDecodeError as error:

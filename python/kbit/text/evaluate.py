@@ -8,9 +8,10 @@ attribute of Python to reach for.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Concatenate, cast
 
 from jinja2 import Environment, Undefined, nodes
 
@@ -19,9 +20,9 @@ from kbit.text.budget import Budget, TemplateError, kind_of, text_bytes
 MAX_DEPTH = 200
 """Statements and expressions inside one another while running, macros included: about two Python frames each."""
 MAX_INT_BITS = 4096
-VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
-ITERATORS = (type(iter([])), type(reversed([])))
-ITERABLE = (str, list, tuple, dict, range, Undefined, *VIEWS, *ITERATORS)
+VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+ITERATORS: tuple[type, ...] = (type(iter([])), type(reversed([])))
+ITERABLE: tuple[type, ...] = (str, list, tuple, dict, range, Undefined, *VIEWS, *ITERATORS)
 
 
 def _holders(names: dict[str, Any], name: str) -> int:
@@ -34,10 +35,14 @@ _ALONE = _holders({"x": "".join(["a", "fresh", "string"])}, "x")
 """What `_holders` says of a value that nothing else holds; differs between versions of Python."""
 
 
+if TYPE_CHECKING:
+    Calls = Mapping[str, Callable[Concatenate["Evaluator", Any, ...], Any]]
+
+
 class Scope:
     """Variables of a block; a name that is not here is looked up outside."""
 
-    __slots__ = ("outer", "names")
+    __slots__ = ("names", "outer")
 
     def __init__(self, outer: Scope | None, names: dict[str, Any]) -> None:
         self.outer = outer
@@ -82,7 +87,12 @@ class Loop:
     """The variable `loop`; looks one item ahead only when asked."""
 
     def __init__(
-        self, budget: Budget, items: Iterator[Any], known: Any, depth: int, recurse: Callable[[Any], str] | None
+        self,
+        budget: Budget,
+        items: Iterator[Any],
+        known: Any,
+        depth: int,
+        recurse: Callable[[Any], str] | None,
     ) -> None:
         self._budget = budget
         self._items = items
@@ -112,6 +122,7 @@ class Loop:
         return bool(self._ahead)
 
     def length(self) -> int:
+        """Number of items; reads the rest of an iterator."""
         if not hasattr(self._known, "__len__"):
             rest = self._ahead
             self._ahead = []
@@ -143,9 +154,15 @@ class Loop:
         if name == "depth":
             return self.depth0 + 1
         if name == "previtem":
-            return self.previous[0] if self.previous else environment.undefined("there is no previous item")
+            return (
+                self.previous[0]
+                if self.previous
+                else environment.undefined("there is no previous item")
+            )
         if name == "nextitem":
-            return self._ahead[0] if self._peek() else environment.undefined("there is no next item")
+            return (
+                self._ahead[0] if self._peek() else environment.undefined("there is no next item")
+            )
         if name == "cycle":
             return Function("loop.cycle", lambda *args: args[self.index0 % len(args)])
         if name == "changed":
@@ -171,9 +188,14 @@ class Evaluator:
     """
 
     def __init__(
-        self, environment: Environment, filters: Mapping[str, Callable[..., Any]], tests: Mapping[str, Callable[..., Any]],
-        methods: Mapping[type, Mapping[str, Callable[..., Any]]], names: dict[str, Any], budget: Budget,
-    ) -> None:  # fmt: skip
+        self,
+        environment: Environment,
+        filters: Calls,
+        tests: Calls,
+        methods: Mapping[type, Calls],
+        names: dict[str, Any],
+        budget: Budget,
+    ) -> None:
         self.environment = environment
         self.filters = filters
         self.tests = tests
@@ -199,8 +221,8 @@ class Evaluator:
             nodes.Pos: lambda node, scope: +self.number(self.value(node.node, scope)),
             nodes.Compare: self._compare,
             nodes.Concat: self._concat,
-            nodes.List: lambda node, scope: self.budget.container([self.value(item, scope) for item in node.items]),
-            nodes.Tuple: lambda node, scope: self.budget.container(tuple([self.value(item, scope) for item in node.items])),
+            nodes.List: lambda node, scope: self.budget.container(self._values(node, scope)),
+            nodes.Tuple: lambda node, scope: self.budget.container(tuple(self._values(node, scope))),
             nodes.Dict: self._dict,
             nodes.Add: self._binary, nodes.Sub: self._binary, nodes.Mul: self._binary, nodes.Div: self._binary,
             nodes.FloorDiv: self._binary, nodes.Mod: self._binary, nodes.Pow: self._binary,
@@ -235,7 +257,9 @@ class Evaluator:
             self.line = node.lineno
             statement = self._statements.get(type(node))
             if statement is None:
-                raise TemplateError(f"{{% {type(node).__name__.lower()} %}} is not offered to chat templates")
+                raise TemplateError(
+                    f"{{% {type(node).__name__.lower()} %}} is not offered to chat templates"
+                )
             self._enter()
             jump = statement(node, scope, out)
             self._depth -= 1
@@ -268,11 +292,17 @@ class Evaluator:
     def _for(self, node: nodes.For, scope: Scope, out: list[str]) -> None:
         self._loop(node, self.value(node.iter, scope), scope, out, 0)
 
-    def _loop(self, node: nodes.For, iterable: Any, scope: Scope, out: list[str], depth: int) -> None:
+    def _loop(
+        self, node: nodes.For, iterable: Any, scope: Scope, out: list[str], depth: int
+    ) -> None:
         known: Any = iterable if node.test is None else None
         items = self.iterate(iterable)
         if node.test is not None:
-            items = (item for item in items if self.value(node.test, self._bound(node.target, item, scope)))
+            items = (
+                item
+                for item in items
+                if self.value(node.test, self._bound(node.target, item, scope))
+            )
 
         def recurse(inner: Any) -> str:
             inner_out: list[str] = []
@@ -332,7 +362,9 @@ class Evaluator:
         self._store(node.target, value, scope)
 
     def _filter_block(self, node: nodes.FilterBlock, scope: Scope, out: list[str]) -> None:
-        text = self.text(self._filter(node.filter, scope, self._captured(node.body, Scope(scope, {}))))
+        text = self.text(
+            self._filter(node.filter, scope, self._captured(node.body, Scope(scope, {})))
+        )
         self.budget.take(text_bytes(text))
         out.append(text)
 
@@ -374,11 +406,17 @@ class Evaluator:
             if name in macro.uses:
                 names[name] = self.budget.container(tuple(rest) if name == "varargs" else kwargs)
             elif given:
-                raise TemplateError(f"macro {macro.name!r} takes no {what} argument {next(iter(given))!r}")
+                raise TemplateError(
+                    f"macro {macro.name!r} takes no {what} argument {next(iter(given))!r}"
+                )
         if "caller" in macro.uses:
-            names["caller"] = caller if caller is not None else self.environment.undefined("no caller defined")
+            names["caller"] = (
+                caller if caller is not None else self.environment.undefined("no caller defined")
+            )
         elif caller is not None:
-            raise TemplateError(f"macro {macro.name!r} was invoked with a call block but does not use caller")
+            raise TemplateError(
+                f"macro {macro.name!r} was invoked with a call block but does not use caller"
+            )
         scope = Scope(macro.scope, names)
         offset = len(macro.params) - len(macro.defaults)
         for i, name in enumerate(macro.params):
@@ -386,7 +424,9 @@ class Evaluator:
                 if i >= offset:
                     names[name] = self.value(macro.defaults[i - offset], scope)
                 else:
-                    names[name] = self.environment.undefined(f"parameter {name!r} was not provided", name=name)
+                    names[name] = self.environment.undefined(
+                        f"parameter {name!r} was not provided", name=name
+                    )
         return self._captured(macro.body, scope)
 
     # Expressions
@@ -397,7 +437,9 @@ class Evaluator:
         self.line = node.lineno
         expression = self._expressions.get(type(node))
         if expression is None:
-            raise TemplateError(f"the expression {type(node).__name__} is not offered to chat templates")
+            raise TemplateError(
+                f"the expression {type(node).__name__} is not offered to chat templates"
+            )
         value = expression(node, scope)
         self._depth -= 1
         return value
@@ -433,7 +475,7 @@ class Evaluator:
 
     def listed(self, value: Any) -> list[Any]:
         """The items of a value as a new list."""
-        size = len(value) if hasattr(value, "__len__") else value.__length_hint__() if isinstance(value, ITERATORS) else 0
+        size = operator.length_hint(value)
         self.budget.take(64 + size * (100 if isinstance(value, (str, *VIEWS)) else 40))
         return self.budget.made(list(self.iterate(value)))
 
@@ -446,7 +488,9 @@ class Evaluator:
     def attribute(self, value: Any, name: str) -> Any:
         """`value.name`: a method, else the item of that name, else undefined."""
         if name.startswith("_"):
-            raise TemplateError(f"access to attribute {name!r} of {kind_of(value)!r} object is unsafe")
+            raise TemplateError(
+                f"access to attribute {name!r} of {kind_of(value)!r} object is unsafe"
+            )
         found = self.method(value, name)
         if found is not None:
             return found
@@ -471,7 +515,9 @@ class Evaluator:
         if call is not None:
             return Function(name, lambda *args, **kwargs: call(self, value, *args, **kwargs))
         if hasattr(type(value), name):
-            raise TemplateError(f"access to attribute {name!r} of {kind_of(value)!r} object is not offered to chat templates")
+            raise TemplateError(
+                f"access to attribute {name!r} of {kind_of(value)!r} object is not offered to chat templates"
+            )
         return None
 
     def item(self, value: Any, key: Any) -> Any:
@@ -480,13 +526,17 @@ class Evaluator:
             value._fail_with_undefined_error()  # pyright: ignore[reportPrivateUsage]
         if isinstance(value, str | list | tuple | dict | range):
             try:
-                self.budget.step(1 + (self.budget.weight(key) // 64 if isinstance(key, tuple) else 0))
+                self.budget.step(
+                    1 + (self.budget.weight(key) // 64 if isinstance(key, tuple) else 0)
+                )
                 return cast("Any", value)[key]
             except (TypeError, LookupError):
                 pass
         if isinstance(key, str):
             if key.startswith("_"):
-                raise TemplateError(f"access to attribute {key!r} of {kind_of(value)!r} object is unsafe")
+                raise TemplateError(
+                    f"access to attribute {key!r} of {kind_of(value)!r} object is unsafe"
+                )
             found = self.method(value, key)
             if found is not None:
                 return found
@@ -526,6 +576,9 @@ class Evaluator:
             inner = inner.outer
         return self.environment.undefined(name=name)
 
+    def _values(self, node: nodes.List | nodes.Tuple, scope: Scope) -> list[Any]:
+        return [self.value(item, scope) for item in node.items]
+
     def _name(self, node: nodes.Name, scope: Scope) -> Any:
         return self._lookup(node.name, scope)
 
@@ -533,7 +586,10 @@ class Evaluator:
         value = self.value(node.node, scope)
         if not isinstance(node.arg, nodes.Slice):
             return self.item(value, self.value(node.arg, scope))
-        bounds = [None if each is None else self.value(each, scope) for each in (node.arg.start, node.arg.stop, node.arg.step)]
+        bounds = [
+            None if each is None else self.value(each, scope)
+            for each in (node.arg.start, node.arg.stop, node.arg.step)
+        ]
         part = slice(*bounds)
         if isinstance(value, str):
             self.budget.take(text_bytes(value))
@@ -554,7 +610,9 @@ class Evaluator:
             args += self.listed(self.value(node.dyn_args, scope))
         if node.dyn_kwargs is not None:
             more = self.value(node.dyn_kwargs, scope)
-            if not isinstance(more, dict) or not all(type(key) is str for key in cast("dict[Any, Any]", more)):
+            if not isinstance(more, dict) or not all(
+                type(key) is str for key in cast("dict[Any, Any]", more)
+            ):
                 raise TemplateError(f"** takes a dict with strings for keys, not a {kind_of(more)}")
             kwargs |= cast("dict[str, Any]", more)
         return args, kwargs
@@ -570,7 +628,9 @@ class Evaluator:
         return self.filtered(node.name, value, args, kwargs)
 
     def _filter_input(self, node: nodes.Filter, scope: Scope, given: tuple[Any, ...]) -> Any:
-        if given and isinstance(node.node, nodes.Filter):  # a chain on a block starts with the block's text
+        if given and isinstance(
+            node.node, nodes.Filter
+        ):  # a chain on a block starts with the block's text
             return self._filter(node.node, scope, *given)
         return self.value(cast("nodes.Node", node.node), scope)
 
@@ -583,7 +643,9 @@ class Evaluator:
         if self.value(node.test, scope):
             return self.value(node.expr1, scope)
         if node.expr2 is None:
-            return self.environment.undefined("the inline if-expression evaluated to false and no else section was defined.")
+            return self.environment.undefined(
+                "the inline if-expression evaluated to false and no else section was defined."
+            )
         return self.value(node.expr2, scope)
 
     def _compare(self, node: nodes.Compare, scope: Scope) -> Any:
@@ -617,7 +679,7 @@ class Evaluator:
 
     def contains(self, container: Any, value: Any) -> bool:
         """`value in container`."""
-        if isinstance(container, list | tuple) or isinstance(container, VIEWS):
+        if isinstance(container, (list, tuple, *VIEWS)):
             return any(self.equal(item, value) for item in self.iterate(container))
         if isinstance(container, str | dict | range | Undefined):
             if isinstance(container, str):
@@ -639,7 +701,9 @@ class Evaluator:
         return self.budget.container(made)
 
     def _binary(self, node: nodes.BinExpr, scope: Scope) -> Any:
-        return self.binary(node.operator, self.value(node.left, scope), self.value(node.right, scope))
+        return self.binary(
+            node.operator, self.value(node.left, scope), self.value(node.right, scope)
+        )
 
     def binary(self, op: str, left: Any, right: Any) -> Any:
         """Arithmetic, and what strings and lists do with + * and %."""
@@ -666,7 +730,9 @@ class Evaluator:
             return self.budget.made(left * count)
         if op == "%" and isinstance(left, str):
             return self.filtered("%", left, [right], {})
-        raise TemplateError(f"unsupported operand types for {op}: {kind_of(left)!r} and {kind_of(right)!r}")
+        raise TemplateError(
+            f"unsupported operand types for {op}: {kind_of(left)!r} and {kind_of(right)!r}"
+        )
 
     def _arithmetic(self, op: str, left: Any, right: Any) -> Any:
         if op == "+":

@@ -14,7 +14,14 @@ from kbit.text import sentencepiece
 from kbit.text.merges import merges_from_scores
 from kbit.text.pieces import SPACE, Pieces, spaces, word_piece
 from kbit.text.vocabulary import (
-    BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ControlToken, Vocabulary, check_tokens,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    ControlToken,
+    Vocabulary,
+    check_tokens,
 )  # fmt: skip
 
 END_OF_TURN = (
@@ -32,7 +39,9 @@ _ASCII_PUNCT = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
-def _cl100k(digits: str, letters: str = r"\p{L}+", other: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
+def _cl100k(
+    digits: str, letters: str = r"\p{L}+", other: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+) -> str:
     """The family of GPT-4's first pattern."""
     return rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?{letters}|{digits}|{other}|{_SPACES}"
 
@@ -50,7 +59,8 @@ _LLAMA3 = [_cl100k(r"\p{N}{1,3}")]
 _QWEN2 = [_cl100k(r"\p{N}")]
 _STARCODER = [r"\p{N}", _GPT2]
 _DEEPSEEK3_WORDS = (
-    rf"{_ASCII_PUNCT}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+    rf"{_ASCII_PUNCT}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 _DEEPSEEK3 = [r"\p{N}{1,3}", _CJK, _DEEPSEEK3_WORDS]
 _BLOOM = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
@@ -129,8 +139,8 @@ def _pre_table() -> dict[str, Pre]:
         ("youtu", Pre([_YOUTU, _o200k(r"\p{N}", f"(?i:{_CONTRACTIONS})?")], True)),
         ("falcon", Pre([r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"])),
         ("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", Pre(_STARCODER)),
-        ("gpt-2 phi-2 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code roberta-bpe gigachat a.x-4.0 mellum "
-         "modern-bert mpt olmo jais trillion granite-docling exaone4", Pre([_GPT2])),
+        ("gpt-2 phi-2 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code roberta-bpe gigachat "
+         "a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4", Pre([_GPT2])),
         ("stablelm2 qwen2 deepseek-r1-qwen kormo f2llmv2 megrez hunyuan solar-open grok-2", Pre(_QWEN2)),
         ("qwen35", Pre([_cl100k(r"\p{N}", r"[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*")])),
         ("seed-coder", Pre([_cl100k(r"\p{N}{1}", other=r" ?[^\s\p{L}\p{N}\r\n]+")])),
@@ -146,7 +156,8 @@ def _pre_table() -> dict[str, Pre]:
         ("tiny_aya cohere2moe", Pre([r"\d{1,3}(?=(?:\d{3})*\b)", *_GPT4O])),
         ("superbpe", Pre([r"\p{N}+", r"(?=(\d{3})+(?!\d))"])),
         ("bailingmoe bailingmoe2 llada-moe", Pre([
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"])),
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"])),
         ("kimi-k2", Pre([_KIMI])),
         ("afmoe", Pre([r"\p{Nd}{1,3}(?=(?:\p{Nd}{3})*(?!\p{Nd}))", _AFMOE_ASIAN, _DEEPSEEK3_WORDS])),
         ("laguna", Pre([*_LINES, *_QWEN2])),
@@ -158,6 +169,8 @@ def _pre_table() -> dict[str, Pre]:
 
 PRE_TOKENIZERS = _pre_table()
 """Every name of `tokenizer.ggml.pre` that kbit knows."""
+PATTERNS = frozenset(pattern for pre in PRE_TOKENIZERS.values() for pattern in pre.patterns)
+"""Patterns of published tokenizers: taken as they are, also from a tokenizer.json."""
 
 
 class Metadata:
@@ -174,17 +187,22 @@ class Metadata:
         self.types = [int(kind) for kind in self._numbers("token_type", count, NORMAL)]
 
     def get(self, key: str) -> Any:
+        """The value of a key, None where it is absent."""
         return self._metadata.get(f"tokenizer.ggml.{key}")
 
     def text(self, key: str, default: str) -> str:
+        """A string."""
         value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, str):
-            raise ModelFormatError(f"tokenizer.ggml.{key} is a {type(value).__name__}, not a string")
+            raise ModelFormatError(
+                f"tokenizer.ggml.{key} is a {type(value).__name__}, not a string"
+            )
         return value
 
     def flag(self, key: str, default: bool) -> bool:
+        """A bool."""
         value = self.get(key)
         if value is None:
             return default
@@ -196,7 +214,11 @@ class Metadata:
         """The id under the first key that has one; an id outside the vocabulary (writers use 2**32 - 1) is no id."""
         for key in keys:
             value = self.get(f"{key}_token_id")
-            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.tokens):
+            if (
+                isinstance(value, int)
+                and not isinstance(value, bool)
+                and 0 <= value < len(self.tokens)
+            ):
                 return value
         return None
 
@@ -213,7 +235,9 @@ class Metadata:
             if at > 0:
                 left, space, right = merge[:at], " ", merge[at + 1 :]
             if not space or not right:
-                raise ModelFormatError(f"tokenizer.ggml.merges[{i}] is {merge!r}, not two tokens with a space between")
+                raise ModelFormatError(
+                    f"tokenizer.ggml.merges[{i}] is {merge!r}, not two tokens with a space between"
+                )
             merges.append((left, right))
         return merges
 
@@ -221,7 +245,9 @@ class Metadata:
         value: Any = self.get(key)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(type(each) is str for each in cast("list[Any]", value)):
+        if not isinstance(value, list) or not all(
+            type(each) is str for each in cast("list[Any]", value)
+        ):
             raise ModelFormatError(f"tokenizer.ggml.{key} is not an array of strings")
         return cast("list[str]", value)
 
@@ -247,7 +273,13 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
     """
     meta = Metadata(metadata)
     model = meta.text("model", "")
-    read_kind = {"llama": _spm, "gpt2": _bpe, "gemma4": _bpe, "bert": _wordpiece, "t5": _unigram}.get(model)
+    read_kind = {
+        "llama": _spm,
+        "gpt2": _bpe,
+        "gemma4": _bpe,
+        "bert": _wordpiece,
+        "t5": _unigram,
+    }.get(model)
     if read_kind is None:
         raise UnsupportedModelError(
             f"tokenizer.ggml.model is {model!r}; kbit reads llama (SentencePiece BPE), gpt2 (byte-level BPE), gemma4, "
@@ -259,8 +291,15 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
     vocabulary.unk_id = meta.token_id("unknown")
     vocabulary.pad_id = meta.token_id("padding")
     vocabulary.eos_ids = _ends(meta)
-    named = {"bos": vocabulary.bos_id, "eos": meta.token_id("eos"), "unk": vocabulary.unk_id, "pad": vocabulary.pad_id}
-    vocabulary.names = {f"{name}_token": meta.tokens[i] for name, i in named.items() if i is not None}
+    named = {
+        "bos": vocabulary.bos_id,
+        "eos": meta.token_id("eos"),
+        "unk": vocabulary.unk_id,
+        "pad": vocabulary.pad_id,
+    }
+    vocabulary.names = {
+        f"{name}_token": meta.tokens[i] for name, i in named.items() if i is not None
+    }
     return vocabulary
 
 
@@ -268,19 +307,27 @@ def _ends(meta: Metadata) -> list[int]:
     """Ids that end an answer: those the file names, then control tokens known by their text."""
     ends = {i for key in ("eos", "eot", "eom") if (i := meta.token_id(key)) is not None}
     known = set(END_OF_TURN)
-    ends |= {i for i, token in enumerate(meta.tokens) if token in known and meta.types[i] == CONTROL}
+    ends |= {
+        i for i, token in enumerate(meta.tokens) if token in known and meta.types[i] == CONTROL
+    }
     return sorted(ends)
 
 
 def _add_tokens(core: tokenizers.Tokenizer, meta: Metadata) -> None:
     """Control tokens are parsed from text on request, user-defined ones always."""
-    core.add_tokens([AddedToken(meta.tokens[i], normalized=False) for i in meta.ids_of(USER_DEFINED)])
+    core.add_tokens(
+        [AddedToken(meta.tokens[i], normalized=False) for i in meta.ids_of(USER_DEFINED)]
+    )
     control = sorted(meta.ids_of(CONTROL) + meta.ids_of(UNKNOWN))
     core.add_special_tokens([AddedToken(meta.tokens[i], normalized=False) for i in control])
 
 
-def _affixes(meta: Metadata, vocabulary: Vocabulary, add_bos: bool, add_eos: bool, default_bos: int | None) -> None:
-    vocabulary.bos_id = bos = meta.token_id("bos") if meta.get("bos_token_id") is not None else default_bos
+def _affixes(
+    meta: Metadata, vocabulary: Vocabulary, add_bos: bool, add_eos: bool, default_bos: int | None
+) -> None:
+    vocabulary.bos_id = bos = (
+        meta.token_id("bos") if meta.get("bos_token_id") is not None else default_bos
+    )
     eos = meta.token_id("eos")
     if meta.flag("add_bos_token", add_bos) and bos is not None:
         vocabulary.prefix = [bos]
@@ -305,7 +352,9 @@ def _spm(meta: Metadata) -> Vocabulary:
     )  # fmt: skip
     prefix = meta.flag("add_space_prefix", True)
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
-    core.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), *steps] if prefix else steps)
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), *steps] if prefix else steps
+    )
     _add_tokens(core, meta)
     pieces = Pieces(byte_fallback=True, steps=(spaces,), strip=(" ", int(prefix)))
     vocabulary = Vocabulary(core, pieces)
@@ -323,11 +372,15 @@ def _bpe(meta: Metadata) -> Vocabulary:
     merges = meta.merges()
     if not merges:
         special = {*meta.ids_of(CONTROL), *meta.ids_of(UNKNOWN), *meta.ids_of(USER_DEFINED)}
-        merges = merges_from_scores({token: -float(i) for i, token in enumerate(meta.tokens) if i not in special})
+        merges = merges_from_scores(
+            {token: -float(i) for i, token in enumerate(meta.tokens) if i not in special}
+        )
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in vocab:
-                raise ModelFormatError(f"tokenizer.ggml.merges joins {left!r} and {right!r}, but {token!r} is not a token")
+                raise ModelFormatError(
+                    f"tokenizer.ggml.merges joins {left!r} and {right!r}, but {token!r} is not a token"
+                )
     core = tokenizers.Tokenizer(
         models.BPE(vocab, merges, ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
     )
@@ -340,7 +393,9 @@ def _bpe(meta: Metadata) -> Vocabulary:
         core.normalizer = normalizers.Replace(" ", SPACE)
     core.pre_tokenizer = pre_tokenizers.Sequence(splits)
     _add_tokens(core, meta)
-    pieces = Pieces(byte_level=True) if pre.byte_level else Pieces(byte_fallback=True, steps=(spaces,))
+    pieces = (
+        Pieces(byte_level=True) if pre.byte_level else Pieces(byte_fallback=True, steps=(spaces,))
+    )
     vocabulary = Vocabulary(core, pieces)
     _affixes(meta, vocabulary, pre.add_bos, False, None)
     return vocabulary
@@ -359,9 +414,13 @@ def _wordpiece(meta: Metadata) -> Vocabulary:
         check_tokens(words, "tokenizer.ggml.tokens")
     unknown = meta.token_id("unknown")
     if unknown is None:
-        raise ModelFormatError("tokenizer.ggml.unknown_token_id is missing: WordPiece needs a token for unknown words")
+        raise ModelFormatError(
+            "tokenizer.ggml.unknown_token_id is missing: WordPiece needs a token for unknown words"
+        )
     vocab = {word: i for i, word in enumerate(words)}
-    core = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=words[unknown], max_input_chars_per_word=100))
+    core = tokenizers.Tokenizer(
+        models.WordPiece(vocab, unk_token=words[unknown], max_input_chars_per_word=100)
+    )
     lowercase = meta.flag("normalizer.lowercase", True)
     core.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=meta.flag("normalizer.strip_accents", lowercase)
@@ -384,7 +443,9 @@ def _unigram(meta: Metadata) -> Vocabulary:
         try:
             rules = bytes([int(each) & 0xFF for each in rules])
         except (TypeError, ValueError):
-            raise ModelFormatError("tokenizer.ggml.precompiled_charsmap is not an array of bytes") from None
+            raise ModelFormatError(
+                "tokenizer.ggml.precompiled_charsmap is not an array of bytes"
+            ) from None
     unknown = meta.token_id("unknown")
     vocabulary = sentencepiece.build(
         sentencepiece.Model(

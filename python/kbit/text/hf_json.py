@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,21 @@ from typing import Any, cast
 import tokenizers
 
 from kbit._core import ModelFormatError
+from kbit.text import gguf_vocab, patterns
+from kbit.text.charsmap import Charsmap
+from kbit.text.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS
 
 MAX_BYTES = 256 << 20
 """Largest tokenizer.json read."""
+MAX_UNIGRAM = 1024
+"""Longest token of a Unigram model: each place in a text is tried with every length up to it."""
+MAX_WORD = 256
+"""Longest word that WordPiece takes apart, in characters: its time grows with the cube."""
+MAX_GROWTH = 64
+"""How many times as long a normalizer may make a text; NFKC's worst is 18."""
+MAX_PART = 1 << 18
+MAX_RULES = 4 << 20
+"""Size of the parts of a tokenizer.json that are not its vocabulary."""
 
 
 def read_bytes(path: Path) -> bytes | None:
@@ -69,18 +82,110 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check(spec: dict[str, Any]) -> None:
-    """Refuse what `tokenizers` would not bound.
+    """Refuse what `tokenizers` would not bound: patterns, growth of the text, huge tokens.
 
     Raises:
-        ModelFormatError: Tokens of the wrong form.
+        ModelFormatError: With what it is that goes too far.
     """
+    model = spec.get("model")
+    if not isinstance(model, dict):
+        raise ModelFormatError("tokenizer.json: no model")
+    _check_model(cast("dict[str, Any]", model))
     added = spec.get("added_tokens")
     for token in cast("list[Any]", added) if isinstance(added, list) else []:
         match token:
-            case {"id": int(), "content": str()}:
+            case {"id": int(token_id), "content": str(text)} if 0 <= token_id < MAX_TOKENS and text:
                 pass
             case _:
-                raise ModelFormatError(f"tokenizer.json: an added token is {token!r:.80}, without an id and content")
+                raise ModelFormatError(
+                    f"tokenizer.json: an added token is {token!r:.80}, without a good id and content"
+                )
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        size = len(json.dumps(spec.get(part)))
+        if size > (MAX_RULES if part == "normalizer" else MAX_PART):
+            raise ModelFormatError(f"tokenizer.json: the {part} takes {size} characters")
+        _check_patterns(spec.get(part))
+    growth = _growth(spec.get("normalizer"))
+    if growth > MAX_GROWTH:
+        raise ModelFormatError(
+            f"tokenizer.json: the normalizer may make a text {growth} times as long; {MAX_GROWTH} is the bound"
+        )
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    vocab: Any = model.get("vocab")
+    if isinstance(vocab, dict):
+        tokens = list(cast("dict[str, Any]", vocab))
+        if not all(type(i) is int and 0 <= i < MAX_TOKENS for i in vocab.values()):
+            raise ModelFormatError(f"tokenizer.json: a token has no id in 0..{MAX_TOKENS - 1}")
+        longest = MAX_TOKEN_BYTES
+    elif isinstance(vocab, list):  # Unigram: every prefix of every place is looked up
+        tokens = [
+            each[0]
+            for each in cast("list[Any]", vocab)
+            if isinstance(each, list) and each and isinstance(each[0], str)
+        ]
+        if len(tokens) != len(vocab):
+            raise ModelFormatError(
+                "tokenizer.json: the vocabulary of a Unigram model holds tokens with scores, and not only those"
+            )
+        longest = MAX_UNIGRAM
+    else:
+        raise ModelFormatError("tokenizer.json: the model has no vocabulary")
+    size = max(map(len, tokens), default=0)
+    if len(tokens) > MAX_TOKENS or size > longest:
+        raise ModelFormatError(
+            f"tokenizer.json: {len(tokens)} tokens of up to {size} characters; "
+            f"at most {MAX_TOKENS} of {longest} are read"
+        )
+    word = model.get("max_input_chars_per_word", 100)
+    if not isinstance(word, int) or word > MAX_WORD:
+        raise ModelFormatError(
+            f"tokenizer.json: max_input_chars_per_word is {word}; at most {MAX_WORD} is bounded in time"
+        )
+
+
+def _check_patterns(part: Any) -> None:
+    if isinstance(part, dict):
+        for key, value in cast("dict[str, Any]", part).items():
+            if key == "Regex" and isinstance(value, str):
+                if value not in gguf_vocab.PATTERNS:
+                    patterns.check(value, "tokenizer.json")
+            else:
+                _check_patterns(value)
+    elif isinstance(part, list):
+        for value in cast("list[Any]", part):
+            _check_patterns(value)
+
+
+def _growth(normalizer: Any) -> int:
+    """How many times as long a normalizer can make a text."""
+    match normalizer:
+        case {"type": "Sequence", "normalizers": list(parts)}:
+            growth = 1
+            for part in parts:
+                growth *= _growth(part)
+                if growth > MAX_GROWTH:
+                    break
+            return growth
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return max(1, -(-len(new) // max(1, len(old)))) if old else MAX_GROWTH + 1
+        case {"type": "Replace", "content": str(new)}:
+            return len(new) + 1
+        case {"type": "Prepend", "prepend": str(new)}:
+            return 1 + len(new)
+        case {"type": "Precompiled", "precompiled_charsmap": str(rules)}:
+            return _longest_rule(rules)
+        case _:
+            return 1
+
+
+def _longest_rule(rules: str) -> int:
+    try:
+        blob = base64.b64decode(rules, validate=True)
+    except ValueError:
+        raise ModelFormatError("tokenizer.json: the precompiled_charsmap is not base64") from None
+    return 1 if not blob else Charsmap(blob).longest()
 
 
 def build(data: bytes) -> tokenizers.Tokenizer:
@@ -91,9 +196,16 @@ def build(data: bytes) -> tokenizers.Tokenizer:
     """
     try:
         core = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise ModelFormatError(f"tokenizer.json: {error}") from None
     # A padded or truncated encoding would change the prompt: lengths are the caller's business.
     core.no_padding()
     core.no_truncation()
     return core
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether `tokenizers` failed: an exception, or a panic in its Rust code, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

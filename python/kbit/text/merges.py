@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kbit._core import ModelFormatError
 
 MAX_WORK = 1 << 30
-"""Bound of the characters copied while all splits of all tokens are tried: a hostile vocabulary of huge tokens stops here."""
+"""Most characters copied while all splits of all tokens are tried."""
 
 
 def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -24,7 +24,8 @@ def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """
     if sum(len(token) ** 2 for token in scores) > MAX_WORK:
         raise ModelFormatError(
-            f"tokenizer: {len(scores)} tokens of up to {max(map(len, scores))} characters have too many splits to build merges"
+            f"tokenizer: {len(scores)} tokens of up to {max(map(len, scores))} characters have too many "
+            "splits to build merges"
         )
     merges: list[tuple[str, str]] = []
     for token in sorted(scores, key=scores.__getitem__, reverse=True):

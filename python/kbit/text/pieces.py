@@ -22,7 +22,9 @@ def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character of each byte: bytes that print stand for themselves, the rest follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(rest)
+    }
 
 
 _BYTE_OF = {ord(char): byte for byte, char in byte_alphabet().items()}
@@ -101,7 +103,11 @@ def from_json(decoder: Any) -> Pieces:
             byte_fallback = True
         elif kind == "Fuse":
             fused = True
-        elif kind == "Replace" and isinstance(part.get("pattern", {}).get("String"), str) and not fused:
+        elif (
+            kind == "Replace"
+            and isinstance(part.get("pattern", {}).get("String"), str)
+            and not fused
+        ):
             step = _replace(part["pattern"]["String"], str(part["content"]))
         elif kind == "Metaspace":
             mark = str(part.get("replacement", SPACE))
@@ -118,8 +124,8 @@ def from_json(decoder: Any) -> Pieces:
             strip = (str(part["content"]), int(part["start"]))
         else:
             raise UnsupportedModelError(
-                f"tokenizer.json: the decoder step {kind!r} cannot be done token by token; kbit decodes with ByteLevel, "
-                "ByteFallback, Replace, Metaspace, WordPiece, BPEDecoder, Fuse and a Strip at the start"
+                f"tokenizer.json: the decoder step {kind!r} cannot be done token by token; kbit decodes "
+                "with ByteLevel, ByteFallback, Replace, Metaspace, WordPiece, BPEDecoder, Fuse and a Strip at the start"
             )
         if step is not None:
             steps.append(step)
@@ -135,7 +141,10 @@ def word_piece(prefix: str, *, tidy: bool) -> Pieces:
     """BERT's words: a token is a word of its own unless it begins with `prefix`."""
     clean = _tidy if tidy else str
     return Pieces(
-        steps=(lambda token: clean(token[len(prefix) :] if token.startswith(prefix) else " " + token),), first=(clean,)
+        steps=(
+            lambda token: clean(token[len(prefix) :] if token.startswith(prefix) else " " + token),
+        ),
+        first=(clean,),
     )
 
 

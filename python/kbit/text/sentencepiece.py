@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ from kbit.text.charsmap import Charsmap
 from kbit.text.merges import merges_from_scores
 from kbit.text.pieces import SPACE, Pieces, byte_of, spaces
 from kbit.text.vocabulary import (
-    BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, ControlToken, Vocabulary, check_tokens,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ControlToken,
+    Vocabulary,
+    check_tokens,
 )  # fmt: skip
 
 UNIGRAM, BPE = 1, 2
@@ -86,15 +95,21 @@ def _piece(model: Model, data: bytes) -> None:
             try:
                 text = _message(value, "piece").decode()
             except UnicodeDecodeError:
-                raise ModelFormatError(f"tokenizer.model: piece {len(model.tokens)} is not UTF-8") from None
+                raise ModelFormatError(
+                    f"tokenizer.model: piece {len(model.tokens)} is not UTF-8"
+                ) from None
         elif number == 2 and isinstance(value, bytes) and len(value) == 4:
             (score,) = struct.unpack("<f", value)
         elif number == 3:
             kind = _integer(value, "type")
     if score != score:
-        raise ModelFormatError(f"tokenizer.model: the score of piece {len(model.tokens)} is not a number")
+        raise ModelFormatError(
+            f"tokenizer.model: the score of piece {len(model.tokens)} is not a number"
+        )
     if kind not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
-        raise ModelFormatError(f"tokenizer.model: piece {len(model.tokens)} has the type {kind}; types are 1 to 6")
+        raise ModelFormatError(
+            f"tokenizer.model: piece {len(model.tokens)} has the type {kind}; types are 1 to 6"
+        )
     if not text:
         raise ModelFormatError(f"tokenizer.model: piece {len(model.tokens)} is empty")
     model.tokens.append(text)
@@ -139,9 +154,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
-            raise ModelFormatError(f"tokenizer.model: wire type {wire} at byte {at}; it is no SentencePiece model")
+            raise ModelFormatError(
+                f"tokenizer.model: wire type {wire} at byte {at}; it is no SentencePiece model"
+            )
         if size > len(data) - at:
-            raise ModelFormatError(f"tokenizer.model: a field of {size} bytes where {len(data) - at} are left")
+            raise ModelFormatError(
+                f"tokenizer.model: a field of {size} bytes where {len(data) - at} are left"
+            )
         yield key >> 3, data[at : at + size]
         at += size
 
@@ -180,48 +199,53 @@ class Normalizer:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._rules = Charsmap(model.charsmap) if model.charsmap else None
-        own = sorted((t for t, k in zip(model.tokens, model.types, strict=True) if k == USER_DEFINED), key=len, reverse=True)
+        own = sorted(
+            (t for t, k in zip(model.tokens, model.types, strict=True) if k == USER_DEFINED),
+            key=len,
+            reverse=True,
+        )
         self._own = re.compile("|".join(map(re.escape, own))) if own else None
         self._own_starts = {token[0] for token in own}
 
     def __call__(self, text: str) -> str:
         """The normalised text; empty if nothing is left of it."""
         model = self._model
-        if not text:
-            return ""
-        if self._rules is not None or self._own is not None:
-            text = self._collapsed(text) if model.remove_extra_spaces else "".join(self._steps(text))
-        elif model.remove_extra_spaces:
-            text = re.sub("  +", " ", text).strip(" ")
-        text = text.replace(" ", SPACE)
         if model.remove_extra_spaces:
-            text = text.rstrip(SPACE)
-            if not text:
+            steps = self._after_spaces(self._steps(text))
+            if steps is None:
                 return ""
-        if not model.dummy_prefix:
-            return text
-        return text + SPACE if model.suffix_space else SPACE + text
+            text = "".join(_single_spaces(steps)).replace(" ", SPACE)
+            # The library strips the end after it put the space before and before it puts the one after.
+            text = (SPACE + text if model.dummy_prefix and not model.suffix_space else text).rstrip(
+                SPACE
+            )
+        elif text:
+            text = "".join(self._steps(text)).replace(" ", SPACE)
+            text = SPACE + text if model.dummy_prefix and not model.suffix_space else text
+        else:
+            return ""
+        return text + SPACE if model.dummy_prefix and model.suffix_space else text
 
-    def _collapsed(self, text: str) -> str:
-        """All steps, none beginning with a space after one that ended with one (or at the start)."""
-        out: list[str] = []
-        after_space = True
-        started = False
-        for step in self._steps(text):
-            if not started and step == " ":
-                continue
-            started = True
-            kept = step.lstrip(" ") if after_space else step
-            if kept:
-                out.append(kept)
-                after_space = kept.endswith(" ")
-        return "".join(out)
+    @staticmethod
+    def _after_spaces(steps: Iterator[str]) -> Iterator[str] | None:
+        """The steps from the first that is no space; None if all are."""
+        for step in steps:
+            if step != " ":
+                return itertools.chain([step], steps)
+        return None
 
     def _steps(self, text: str) -> Iterator[str]:
         """What the rules make of the text, match by match; user-defined pieces stay as they are."""
+        if self._rules is None and self._own is None:
+            yield from _RUNS.findall(text)
+            return
         at = 0
         while at < len(text):
-            if text[at] in self._own_starts and self._own is not None and (own := self._own.match(text, at)):
+            if (
+                text[at] in self._own_starts
+                and self._own is not None
+                and (own := self._own.match(text, at))
+            ):
                 yield own[0]
                 at = own.end()
                 continue
@@ -234,6 +258,20 @@ class Normalizer:
                 at = found[0]
 
 
+def _single_spaces(steps: Iterator[str]) -> Iterator[str]:
+    """The steps without the spaces that follow one (or the start)."""
+    after_space = True
+    for step in steps:
+        kept = step.lstrip(" ") if after_space else step
+        if kept:
+            yield kept
+            after_space = kept.endswith(" ")
+
+
+_RUNS = re.compile(r" |[^ ]+")
+"""Steps of a text without rules: spaces one by one, and what stands between them."""
+
+
 def build(model: Model) -> Vocabulary:
     """A tokenizer of a model: the ids of the SentencePiece library.
 
@@ -244,21 +282,41 @@ def build(model: Model) -> Vocabulary:
         ModelFormatError: Ids outside the vocabulary, or rules that are cut off.
     """
     if model.kind not in (UNIGRAM, BPE):
-        raise UnsupportedModelError(f"tokenizer.model: of type {_KINDS.get(model.kind, model.kind)}; kbit reads UNIGRAM and BPE")
+        raise UnsupportedModelError(
+            f"tokenizer.model: of type {_KINDS.get(model.kind, model.kind)}; kbit reads UNIGRAM and BPE"
+        )
     if not model.escape_spaces:
-        raise UnsupportedModelError("tokenizer.model: spaces are not escaped; kbit reads models with escape_whitespaces")
-    if model.byte_fallback and {byte_of(t) for t, k in _typed(model) if k == BYTE} != set(range(256)):
-        raise ModelFormatError("tokenizer.model: byte_fallback without a piece for each of the 256 bytes")
+        raise UnsupportedModelError(
+            "tokenizer.model: spaces are not escaped; kbit reads models with escape_whitespaces"
+        )
+    if model.byte_fallback and {byte_of(t) for t, k in _typed(model) if k == BYTE} != set(
+        range(256)
+    ):
+        raise ModelFormatError(
+            "tokenizer.model: byte_fallback without a piece for each of the 256 bytes"
+        )
     core = _unigram(model) if model.kind == UNIGRAM else _bpe(model)
-    vocabulary = Vocabulary(core, Pieces(byte_fallback=True, steps=(spaces,), strip=(" ", int(model.dummy_prefix))))
-    vocabulary.control = [ControlToken(i, t) for i, (t, k) in enumerate(_typed(model)) if k in (CONTROL, UNKNOWN)]
+    vocabulary = Vocabulary(
+        core, Pieces(byte_fallback=True, steps=(spaces,), strip=(" ", int(model.dummy_prefix)))
+    )
+    vocabulary.control = [
+        ControlToken(i, t) for i, (t, k) in enumerate(_typed(model)) if k in (CONTROL, UNKNOWN)
+    ]
     vocabulary.encode = _Encoder(model, core)
+    vocabulary.tokens = model.tokens
     for name in ("unk", "bos", "pad"):
         setattr(vocabulary, f"{name}_id", _checked(model, getattr(model, f"{name}_id")))
     eos = _checked(model, model.eos_id)
     vocabulary.eos_ids = [] if eos is None else [eos]
-    named = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": eos, "pad": vocabulary.pad_id}
-    vocabulary.names = {f"{name}_token": model.tokens[i] for name, i in named.items() if i is not None}
+    named = {
+        "unk": vocabulary.unk_id,
+        "bos": vocabulary.bos_id,
+        "eos": eos,
+        "pad": vocabulary.pad_id,
+    }
+    vocabulary.names = {
+        f"{name}_token": model.tokens[i] for name, i in named.items() if i is not None
+    }
     return vocabulary
 
 
@@ -268,13 +326,21 @@ def _typed(model: Model) -> Iterator[tuple[str, int]]:
 
 def _checked(model: Model, token_id: int) -> int | None:
     """An id of a special piece; the defaults of models that have no such piece point anywhere."""
-    if 0 <= token_id < len(model.tokens) and model.types[token_id] in (CONTROL, UNKNOWN, USER_DEFINED):
+    if 0 <= token_id < len(model.tokens) and model.types[token_id] in (
+        CONTROL,
+        UNKNOWN,
+        USER_DEFINED,
+    ):
         return token_id
     return None
 
 
 def _bpe(model: Model) -> tokenizers.Tokenizer:
-    scores = {t: s for t, s, k in zip(model.tokens, model.scores, model.types, strict=True) if k in (NORMAL, UNUSED)}
+    scores = {
+        t: s
+        for t, s, k in zip(model.tokens, model.scores, model.types, strict=True)
+        if k in (NORMAL, UNUSED)
+    }
     vocab = {token: i for i, token in enumerate(model.tokens)}
     unk = _checked(model, model.unk_id)
     core = tokenizers.Tokenizer(
@@ -283,23 +349,28 @@ def _bpe(model: Model) -> tokenizers.Tokenizer:
             unk_token=None if unk is None else model.tokens[unk],
         )
     )  # fmt: skip
-    core.add_tokens([AddedToken(t, normalized=False) for t, k in _typed(model) if k == USER_DEFINED])
+    core.add_tokens(
+        [AddedToken(t, normalized=False) for t, k in _typed(model) if k == USER_DEFINED]
+    )
     return core
 
 
 def _unigram(model: Model) -> tokenizers.Tokenizer:
     """Pieces that text must not match get a name with a space in it, which normalised text never holds."""
-    normal = [s for s, k in zip(model.scores, model.types, strict=True) if k == NORMAL]
-    best = max(normal, default=0.0)
+    best = max([0.0, *(s for s, k in zip(model.scores, model.types, strict=True) if k == NORMAL)])
     vocab: list[tuple[str, float]] = []
-    for i, (token, score, kind) in enumerate(zip(model.tokens, model.scores, model.types, strict=True)):
+    for i, (token, score, kind) in enumerate(
+        zip(model.tokens, model.scores, model.types, strict=True)
+    ):
         if kind == NORMAL:
             vocab.append((token, score))
-        elif kind == USER_DEFINED:  # as the library scores them: nearly always taken
+        elif kind == USER_DEFINED:  # as the library scores them: almost free
             vocab.append((token, len(token.encode()) * best - 0.1))
         else:
             vocab.append((f" {i}", 0.0))
-    return tokenizers.Tokenizer(models.Unigram(vocab, _checked(model, model.unk_id), byte_fallback=False))
+    return tokenizers.Tokenizer(
+        models.Unigram(vocab, _checked(model, model.unk_id), byte_fallback=False)
+    )
 
 
 class _Encoder:

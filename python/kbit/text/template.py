@@ -1,8 +1,9 @@
 """Chat templates: conversations to text, as transformers renders them, at a bounded cost.
 
-The language is jinja2's with `trim_blocks` and `lstrip_blocks`, the tags `break`, `continue` and `generation`, the functions
-`raise_exception`, `strftime_now`, `namespace`, `range` and `dict`, and a `tojson` that escapes nothing. A template is a
-program from a stranger: it reaches no Python, and its source, steps, memory, output and time are bounded (`budget`).
+The language is jinja2's with `trim_blocks` and `lstrip_blocks`, the tags `break`, `continue` and
+`generation`, the functions `raise_exception`, `strftime_now`, `namespace`, `range` and `dict`, and a
+`tojson` that escapes nothing. A template is a program from a stranger: it reaches no Python, and its
+source, steps, memory, output and time are bounded (`budget`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from jinja2.parser import Parser
 
 from kbit.text.budget import MAX_NESTING, MAX_SECONDS, Budget, TemplateError, kind_of
 from kbit.text.evaluate import Evaluator, Function, Namespace
-from kbit.text.filters import FILTERS, METHODS, TESTS
+from kbit.text.filters import FILTERS, TESTS
+from kbit.text.methods import METHODS
 
 MAX_SOURCE = 1 << 20
 """Longest source, in characters."""
@@ -59,10 +61,9 @@ class _Bounds(Extension):
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:  # pyright: ignore[reportIncompatibleMethodOverride]
         end = time.monotonic() + MAX_SECONDS
-        depth = count = 0
+        depth = 0
         opened = False
-        for token in stream:
-            count += 1
+        for count, token in enumerate(stream, 1):
             if count > MAX_LEXEMES:
                 raise TemplateError(f"chat template: more than {MAX_LEXEMES} words and signs")
             if count % 256 == 0 and time.monotonic() > end:
@@ -75,12 +76,16 @@ class _Bounds(Extension):
                 depth += (token.value in _OPENING) - token.value.startswith("end")
             opened = token.type == "block_begin"
             if depth > MAX_NESTING:
-                raise TemplateError(f"chat template: nests deeper than {MAX_NESTING}, line {token.lineno}")
+                raise TemplateError(
+                    f"chat template: nests deeper than {MAX_NESTING}, line {token.lineno}"
+                )
             yield token
 
 
 def _environment() -> Environment:
-    return Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Bounds, _Generation, loopcontrols])
+    return Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Bounds, _Generation, loopcontrols]
+    )
 
 
 class ChatTemplate:
@@ -95,7 +100,9 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
-            raise TemplateError(f"chat template: {len(source)} characters; at most {MAX_SOURCE} are read")
+            raise TemplateError(
+                f"chat template: {len(source)} characters; at most {MAX_SOURCE} are read"
+            )
         if _LONG_NUMBER.search(source) or source.count("\\") > MAX_BACKSLASHES:
             raise TemplateError(
                 f"chat template: more than {MAX_BACKSLASHES} backslashes, or a number of a thousand digits"
@@ -136,11 +143,16 @@ class ChatTemplate:
         """
         budget = Budget()
         given = {
-            **variables, "messages": [_message(message) for message in messages], "tools": tools, "documents": documents,
+            **variables,
+            "messages": [_message(message) for message in messages],
+            "tools": tools,
+            "documents": documents,
             "add_generation_prompt": add_generation_prompt,
-        }  # fmt: skip
+        }
         names = {name: budget.plain(value, guard) for name, value in given.items()}
-        evaluator = Evaluator(self._environment, FILTERS, TESTS, METHODS, {**_functions(budget), **names}, budget)
+        evaluator = Evaluator(
+            self._environment, FILTERS, TESTS, METHODS, {**_functions(budget), **names}, budget
+        )
         try:
             return evaluator.render(self._template)
         except TemplateError as error:
@@ -149,20 +161,38 @@ class ChatTemplate:
             raise TemplateError(f"chat template, line {evaluator.line}: runs too deep") from None
         except MemoryError:
             raise TemplateError(f"chat template, line {evaluator.line}: out of memory") from None
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, JinjaError) as error:
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            JinjaError,
+        ) as error:
             raise TemplateError(f"chat template, line {evaluator.line}: {error}") from None
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: no key that is null except `content`, reasoning under each of its names.
+    """A message as templates expect it: no key that is null, reasoning under each of its names.
 
-    Clients send ``"tool_calls": null``, and templates ask whether the key is there.
+    Clients send ``"tool_calls": null``, and templates ask whether the key is there. The `content` of a
+    message with tool calls may be null: some templates ask for just that.
     """
     if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"a message is a dict with a role and content, not a {type(message).__name__}")
-    kept = {key: value for key, value in message.items() if value is not None or key == "content"}
+        raise TypeError(
+            f"a message is a dict with a role and content, not a {type(message).__name__}"
+        )
+    kept = {
+        key: value
+        for key, value in message.items()
+        if value is not None or (key == "content" and message.get("tool_calls"))
+    }
     reasoning = next((kept[name] for name in _REASONING if name in kept), None)
-    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+    return (
+        kept
+        if reasoning is None
+        else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+    )
 
 
 def _functions(budget: Budget) -> dict[str, Any]:
@@ -174,7 +204,7 @@ def _functions(budget: Budget) -> dict[str, Any]:
     def strftime_now(form: Any) -> str:
         if not isinstance(form, str) or len(form) > 256:
             raise TemplateError("strftime_now takes a format of at most 256 characters")
-        return datetime.now().strftime(form)  # noqa: DTZ005  as transformers does: the reader's clock
+        return datetime.now().strftime(form)
 
     def bounded_range(*bounds: Any) -> range:
         if not all(isinstance(bound, int) for bound in bounds):

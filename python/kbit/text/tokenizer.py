@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit._core import ModelFormatError
-from kbit.text import directory, gguf_vocab
+from kbit.text import directory, gguf_vocab, hf_json
 from kbit.text.chat import Chat, ChatPrompt
 from kbit.text.stream import StreamDecoder
 from kbit.text.vocabulary import ControlToken, ControlTokens, Vocabulary
@@ -37,6 +37,7 @@ class Tokenizer:
         self._inner = vocabulary.inner
         self._own_encode = vocabulary.encode
         self._names = vocabulary.names
+        self._tokens = vocabulary.tokens
         self._control = ControlTokens(vocabulary.control)
         self._lock = threading.Lock()
         self._bytes: dict[tuple[int, bool], bytes] = {}
@@ -81,7 +82,9 @@ class Tokenizer:
         if isinstance(default, str):
             templates["default"] = default
         elif default is not None:
-            raise ModelFormatError(f"tokenizer.chat_template is a {type(default).__name__}, not a string")
+            raise ModelFormatError(
+                f"tokenizer.chat_template is a {type(default).__name__}, not a string"
+            )
         names = metadata.get("tokenizer.chat_templates")
         for name in cast("list[Any]", names) if isinstance(names, list) else []:
             source = metadata.get(f"tokenizer.chat_template.{name}")
@@ -89,7 +92,9 @@ class Tokenizer:
                 templates.setdefault(str(name), source)
         return cls(gguf_vocab.read(metadata), templates)
 
-    def encode(self, text: str, *, special: bool = False, add_bos: bool | None = None) -> NDArray[np.uint32]:
+    def encode(
+        self, text: str, *, special: bool = False, add_bos: bool | None = None
+    ) -> NDArray[np.uint32]:
         """Token ids of `text`, (n,) uint32.
 
         Args:
@@ -169,7 +174,9 @@ class Tokenizer:
         stream = StreamDecoder(self, special=special)
         return "".join([stream.push(int(i)) for i in ids]) + stream.finish()
 
-    def token_bytes(self, token_id: int, *, special: bool = True, first: bool = False) -> bytes | None:
+    def token_bytes(
+        self, token_id: int, *, special: bool = True, first: bool = False
+    ) -> bytes | None:
         """Bytes of one token; None for an id outside the vocabulary, or a control token unless `special`.
 
         Args:
@@ -189,16 +196,24 @@ class Tokenizer:
             token = self.token(token_id)
             if token is None:
                 return None
-            known = token.encode() if token_id in self.special_ids else self.pieces.of(token, first=first)
+            known = (
+                token.encode()
+                if token_id in self.special_ids
+                else self.pieces.of(token, first=first)
+            )
             self._bytes[token_id, first] = known
         return known
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary writes a token; None outside it."""
+        if 0 <= token_id < len(self._tokens):
+            return self._tokens[token_id]
         return self._core.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
 
     def token_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary writes it; None if it is none."""
+        if token in self._tokens:
+            return self._tokens.index(token)
         return self._core.token_to_id(token)
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -214,11 +229,12 @@ class Tokenizer:
             core.encode_special_tokens = not special
             try:
                 return core.encode(text, add_special_tokens=False).ids
-            except BaseException as error:
-                # A pattern that Oniguruma gives up on is a panic in `tokenizers`, which is no Exception.
-                if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+            except BaseException as error:  # a pattern that Oniguruma gives up on is a panic
+                if not hf_json.is_failure(error):
                     raise
-                raise ModelFormatError(f"the tokenizer fails on a text of {len(text)} characters: {error}") from None
+                raise ModelFormatError(
+                    f"the tokenizer fails on a text of {len(text)} characters: {error}"
+                ) from None
 
 
 def well_formed(text: str) -> str:

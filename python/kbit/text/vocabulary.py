@@ -62,6 +62,7 @@ class Vocabulary:
         names: Texts of named special tokens: ``bos_token``, ``eos_token``...
         control: Control tokens: nothing in decoded text, and no part of a text unless asked for.
         encode: Ids of a stretch of text, where `core` alone does not give them.
+        tokens: How the file writes its tokens, where `core` has other names for some.
         inner: As `core`, for text that does not begin the whole; None where that makes no difference.
         prefix: Ids put before a text unless the caller says otherwise.
         suffix: Ids put after it.
@@ -72,6 +73,7 @@ class Vocabulary:
     names: dict[str, str] = field(default_factory=dict[str, str])
     control: list[ControlToken] = field(default_factory=list[ControlToken])
     encode: Callable[[str], list[int]] | None = None
+    tokens: list[str] = field(default_factory=list[str])
     inner: tokenizers.Tokenizer | None = None
     bos_id: int | None = None
     unk_id: int | None = None
@@ -79,6 +81,10 @@ class Vocabulary:
     eos_ids: list[int] = field(default_factory=list[int])
     prefix: list[int] = field(default_factory=list[int])
     suffix: list[int] = field(default_factory=list[int])
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token as the files write it; None if it is none."""
+        return self.tokens.index(token) if token in self.tokens else self.core.token_to_id(token)
 
 
 def check_tokens(tokens: list[str], where: str) -> None:
@@ -93,7 +99,9 @@ def check_tokens(tokens: list[str], where: str) -> None:
         raise ModelFormatError(f"{where}: {len(tokens)} tokens; at most {MAX_TOKENS} are read")
     longest = max(map(len, tokens))
     if longest > MAX_TOKEN_BYTES:
-        raise ModelFormatError(f"{where}: a token of {longest} characters; at most {MAX_TOKEN_BYTES} are read")
+        raise ModelFormatError(
+            f"{where}: a token of {longest} characters; at most {MAX_TOKEN_BYTES} are read"
+        )
     if len(set(tokens)) != len(tokens):
         seen: dict[str, int] = {}
         for i, token in enumerate(tokens):

@@ -85,6 +85,8 @@ pub(super) trait Decode<S: Simd>: Copy {
     const BITS: usize;
     /// What a block needs.
     type Block: Copy;
+    /// Loads the tables of a matrix into registers.
+    fn new(s: S, decoder: &Decoder) -> Self;
     /// Prepared for one block of a panel.
     ///
     /// # Safety
@@ -189,17 +191,14 @@ unsafe fn codes<S: Simd, const BITS: usize, const G: usize>(s: S, chunk: *const 
 #[derive(Clone, Copy)]
 pub(super) struct LadderDecode<S: Simd, const BITS: usize, const BLOCK: usize>(S::Ladder);
 
-impl<S: Simd, const BITS: usize, const BLOCK: usize> LadderDecode<S, BITS, BLOCK> {
-    #[inline(always)]
-    pub(super) fn new(s: S, book: &Book) -> Self {
-        Self(s.ladder::<BITS>(book))
-    }
-}
-
 impl<S: Simd, const BITS: usize, const BLOCK: usize> Decode<S> for LadderDecode<S, BITS, BLOCK> {
     const BLOCK: usize = BLOCK;
     const BITS: usize = BITS;
     type Block = S::Rungs;
+    #[inline(always)]
+    fn new(s: S, decoder: &Decoder) -> Self {
+        Self(s.ladder::<BITS>(&decoder.book))
+    }
     #[inline(always)]
     unsafe fn block(
         &self,
@@ -235,17 +234,14 @@ impl<S: Simd, const BITS: usize, const BLOCK: usize> Decode<S> for LadderDecode<
 #[derive(Clone, Copy)]
 pub(super) struct TableDecode<S: Simd, const BITS: usize>(S::Table);
 
-impl<S: Simd, const BITS: usize> TableDecode<S, BITS> {
-    #[inline(always)]
-    pub(super) fn new(s: S, book: &Book) -> Self {
-        Self(s.table(book))
-    }
-}
-
 impl<S: Simd, const BITS: usize> Decode<S> for TableDecode<S, BITS> {
     const BLOCK: usize = 64;
     const BITS: usize = BITS;
     type Block = ();
+    #[inline(always)]
+    fn new(s: S, decoder: &Decoder) -> Self {
+        Self(s.table(&decoder.book))
+    }
     #[inline(always)]
     unsafe fn block(&self, _: S, _: &KLayout, _: *const u8, _: usize, _: usize) {}
     #[inline(always)]
@@ -262,20 +258,21 @@ pub(super) struct LinearDecode<S: Simd, const BITS: usize> {
     floor: S::Bytes,
 }
 
-impl<S: Simd, const BITS: usize> LinearDecode<S, BITS> {
+impl<S: Simd, const BITS: usize> Decode<S> for LinearDecode<S, BITS> {
+    const BLOCK: usize = 64;
+    const BITS: usize = BITS;
+    type Block = ();
     #[inline(always)]
-    pub(super) fn new(s: S, add: i8, floor: i8) -> Self {
+    fn new(s: S, decoder: &Decoder) -> Self {
+        let (add, floor) = match decoder.method {
+            Method::Linear { add, floor } => (add, floor),
+            Method::Table | Method::Ladder(_) => unreachable!("chosen by with_decode"),
+        };
         Self {
             add: s.splat_bytes(add as u8 ^ S::BIAS),
             floor: s.splat_bytes(floor as u8 ^ S::BIAS),
         }
     }
-}
-
-impl<S: Simd, const BITS: usize> Decode<S> for LinearDecode<S, BITS> {
-    const BLOCK: usize = 64;
-    const BITS: usize = BITS;
-    type Block = ();
     #[inline(always)]
     unsafe fn block(&self, _: S, _: &KLayout, _: *const u8, _: usize, _: usize) {}
     #[inline(always)]
@@ -289,40 +286,16 @@ impl<S: Simd, const BITS: usize> Decode<S> for LinearDecode<S, BITS> {
     }
 }
 
-/// Runs `$do!(kind, decoder)` with the [`Decode`] of a [`Decoder`], compiled for its width and method. `kind` is `native` for
-/// ladders, whose dots run over whole super-blocks, and `any` for what goes with every scale kind.
+/// Runs `$do!(D)` with the [`Decode`] type of a [`Decoder`] at `$bits` bits.
 macro_rules! with_decode {
-    ($S:ident, $s:expr, $decoder:expr, $bits:tt, $do:ident) => {{
+    ($S:ident, $decoder:expr, $bits:tt, $do:ident) => {{
         use crate::linear::codes::{LadderDecode, LinearDecode, Method, TableDecode};
-        let (s, decoder): ($S, &$crate::linear::codes::Decoder) = ($s, $decoder);
-        match decoder.method {
-            Method::Ladder(16) => $do!(
-                native,
-                LadderDecode::<$S, $bits, 16>,
-                LadderDecode::new(s, &decoder.book)
-            ),
-            Method::Ladder(32) => $do!(
-                native,
-                LadderDecode::<$S, $bits, 32>,
-                LadderDecode::new(s, &decoder.book)
-            ),
-            Method::Ladder(_) => $do!(
-                native,
-                LadderDecode::<$S, $bits, 64>,
-                LadderDecode::new(s, &decoder.book)
-            ),
-            Method::Table => $do!(
-                any,
-                TableDecode::<$S, $bits>,
-                TableDecode::new(s, &decoder.book)
-            ),
-            Method::Linear { add, floor } if $bits >= 5 => {
-                $do!(
-                    any,
-                    LinearDecode::<$S, $bits>,
-                    LinearDecode::new(s, add, floor)
-                )
-            }
+        match $decoder.method {
+            Method::Ladder(16) => $do!(LadderDecode::<$S, $bits, 16>),
+            Method::Ladder(32) => $do!(LadderDecode::<$S, $bits, 32>),
+            Method::Ladder(_) => $do!(LadderDecode::<$S, $bits, 64>),
+            Method::Table => $do!(TableDecode::<$S, $bits>),
+            Method::Linear { .. } if const { $bits >= 5 } => $do!(LinearDecode::<$S, $bits>),
             Method::Linear { .. } => unreachable!("linear codebooks start at 5 bits"),
         }
     }};

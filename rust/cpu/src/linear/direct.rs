@@ -1,12 +1,13 @@
 //! One token: every weight is read once, decoded in registers and multiplied at once.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use kbit_simd::{Simd, SimdOp};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
-use super::codes::{Decode, Decoder, Panels, with_decode};
+use super::codes::{Decode, Decoder, LadderDecode, LinearDecode, Method, Panels, TableDecode};
 use super::scales::{Scale, Sums};
 use crate::acts::Tile;
 
@@ -15,7 +16,8 @@ const AHEAD: usize = 3072;
 /// Code vectors of a quarter chunk: 16 inputs, the smallest block.
 const QUARTER: usize = 4;
 
-/// Panels `panels` for the one token of `tile`.
+/// Panels `panels` for the one token of `tile`. False when there is no such kernel: `tiles.rs` has all of them, this file those
+/// that people use (ladders up to 6 bits, tables up to 4, linear codebooks).
 #[inline(always)]
 pub(super) fn run<S: Simd>(
     s: S,
@@ -25,57 +27,66 @@ pub(super) fn run<S: Simd>(
     tile: &Tile,
     panels: Range<usize>,
     out: Out,
-) {
-    macro_rules! bits {
-        ($bits:tt) => {{
-            macro_rules! block {
-                ($D:ty, $decode:expr, $block:literal) => {
-                    s.run(Direct::<S, $D, $block> {
-                        decode: $decode,
-                        source,
-                        scale,
-                        tile,
-                        panels,
-                        out,
-                        s,
-                    })
-                };
-            }
-            macro_rules! method {
-                (native, $D:ty, $decode:expr) => {
-                    block!($D, $decode, 256)
-                };
-                (any, $D:ty, $decode:expr) => {
-                    match scale.unrolled() {
-                        16 => block!($D, $decode, 16),
-                        32 => block!($D, $decode, 32),
-                        64 => block!($D, $decode, 64),
-                        _ => block!($D, $decode, 256),
-                    }
-                };
-            }
-            with_decode!(S, s, decoder, $bits, method)
-        }};
+) -> bool {
+    macro_rules! direct {
+        ($D:ty, $block:literal) => {
+            s.run(Direct::<S, $D, $block> {
+                s,
+                decoder,
+                source,
+                scale,
+                tile,
+                panels,
+                out,
+                kind: PhantomData,
+            })
+        };
     }
-    match decoder.bits {
-        2 => bits!(2),
-        3 => bits!(3),
-        4 => bits!(4),
-        5 => bits!(5),
-        6 => bits!(6),
-        7 => bits!(7),
-        _ => bits!(8),
+    macro_rules! ladder {
+        ($bits:literal, $block:expr) => {
+            match $block {
+                16 => direct!(LadderDecode<S, $bits, 16>, 256),
+                32 => direct!(LadderDecode<S, $bits, 32>, 256),
+                _ => direct!(LadderDecode<S, $bits, 64>, 256),
+            }
+        };
     }
+    macro_rules! blocks {
+        ($D:ty) => {
+            match scale.block {
+                16 => direct!($D, 16),
+                32 => direct!($D, 32),
+                _ => direct!($D, 64),
+            }
+        };
+    }
+    match (decoder.bits, decoder.method) {
+        (2, Method::Ladder(block)) => ladder!(2, block),
+        (3, Method::Ladder(block)) => ladder!(3, block),
+        (4, Method::Ladder(block)) => ladder!(4, block),
+        (5, Method::Ladder(block)) => ladder!(5, block),
+        (6, Method::Ladder(block)) => ladder!(6, block),
+        (2, Method::Table) => blocks!(TableDecode<S, 2>),
+        (3, Method::Table) => blocks!(TableDecode<S, 3>),
+        (4, Method::Table) => blocks!(TableDecode<S, 4>),
+        (5, Method::Linear { .. }) => blocks!(LinearDecode<S, 5>),
+        (6, Method::Linear { .. }) => blocks!(LinearDecode<S, 6>),
+        (7, Method::Linear { .. }) => blocks!(LinearDecode<S, 7>),
+        (8, Method::Linear { .. }) => blocks!(LinearDecode<S, 8>),
+        _ => return false,
+    }
+    true
 }
 
 struct Direct<'a, S: Simd, D: Decode<S>, const BLOCK: usize> {
     s: S,
-    decode: D,
+    decoder: &'a Decoder,
     source: &'a Panels<'a>,
     scale: &'a Scale,
     tile: &'a Tile,
     panels: Range<usize>,
     out: Out,
+    kind: PhantomData<D>,
 }
 
 /// State within a panel.
@@ -91,6 +102,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> SimdOp for Direct<'_, S, D, BLOC
     fn eval<T: Simd>(self, _: T) {
         let s = self.s;
         let layout = self.source.layout;
+        let decode = D::new(s, self.decoder);
         let chunk_bytes = D::BITS * 128;
         // What lies before the codes of a panel is asked for evenly over its chunks.
         let extra = layout.codes_at.div_ceil(64).div_ceil(layout.chunks);
@@ -112,7 +124,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> SimdOp for Direct<'_, S, D, BLOC
                         ahead = ahead.wrapping_add(64);
                     }
                     // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
-                    unsafe { self.chunk(layout, at, chunk, &mut state) }
+                    unsafe { self.chunk(&decode, layout, at, chunk, &mut state) }
                 }
                 // SAFETY: as above.
                 unsafe {
@@ -146,7 +158,14 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
     /// # Safety
     /// `at` is a panel of `layout` and `chunk` one of its chunks.
     #[inline(always)]
-    unsafe fn chunk(&self, layout: &KLayout, at: *const u8, chunk: usize, state: &mut State<S>) {
+    unsafe fn chunk(
+        &self,
+        decode: &D,
+        layout: &KLayout,
+        at: *const u8,
+        chunk: usize,
+        state: &mut State<S>,
+    ) {
         let s = self.s;
         // SAFETY: as the caller says.
         unsafe {
@@ -155,10 +174,10 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
                 .tile
                 .data
                 .add(chunk * CHUNK * if S::PAIRS { 2 } else { 1 });
-            let mut block = self.decode.block(s, layout, at, chunk, 0);
+            let mut block = decode.block(s, layout, at, chunk, 0);
             macro_rules! vector {
                 ($g:expr) => {{
-                    let w = self.decode.vector::<{ $g }>(s, &block, codes);
+                    let w = decode.vector::<{ $g }>(s, &block, codes);
                     let a = s.acts(acts.add($g * 4 * if S::PAIRS { 2 } else { 1 }));
                     let chain = if BLOCK == SUPER { $g % 4 } else { $g % 2 };
                     state.dots[chain] = s.dot(state.dots[chain], w, a);
@@ -167,7 +186,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
             macro_rules! quarter {
                 ($q:literal) => {{
                     if $q > 0 && $q * 16 % D::BLOCK == 0 {
-                        block = self.decode.block(s, layout, at, chunk, $q);
+                        block = decode.block(s, layout, at, chunk, $q);
                     }
                     if $q * 16 % BLOCK.min(64) == 0 {
                         self.begin(state, chunk, $q);

@@ -124,9 +124,9 @@ pub(super) fn run<S: Simd>(s: S, source: &Source<'_>, acts: &Acts, panels: Range
                     1 => s.run(Product::<S, 1>(s, job)),
                     2 => s.run(Product::<S, 2>(s, job)),
                     4 => s.run(Product::<S, 4>(s, job)),
-                    6 if S::TILE >= 6 => s.run(Product::<S, 6>(s, job)),
-                    8 if S::TILE >= 8 => s.run(Product::<S, 8>(s, job)),
-                    12 if S::TILE >= 12 => s.run(Product::<S, 12>(s, job)),
+                    6 if const { S::TILE >= 6 } => s.run(Product::<S, 6>(s, job)),
+                    8 if const { S::TILE >= 8 } => s.run(Product::<S, 8>(s, job)),
+                    12 if const { S::TILE >= 12 } => s.run(Product::<S, 12>(s, job)),
                     n => unreachable!("a tile of {n} tokens"),
                 }
             }

@@ -256,9 +256,18 @@ impl SimdOp for Run<'_> {
                 scale,
             } => {
                 let source = codes::Panels::new(weight);
-                if acts.tokens() == 1 {
-                    direct::run(s, &source, decoder, scale, &acts.tile(0), panels, out);
-                } else {
+                let direct = const { S::DIRECT } && acts.tokens() == 1;
+                if !(direct
+                    && direct::run(
+                        s,
+                        &source,
+                        decoder,
+                        scale,
+                        &acts.tile(0),
+                        panels.clone(),
+                        out,
+                    ))
+                {
                     tiles::run(s, &source, decoder, scale, acts, panels, out);
                 }
             }

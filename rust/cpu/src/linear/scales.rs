@@ -164,21 +164,15 @@ impl<S: Simd, const P: usize, const M: usize> Sums<S, P, M> {
     ) {
         // SAFETY: all sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
         unsafe {
-            if BLOCK == SUPER {
-                let scales = tile.scales.wrapping_add(block * M);
-                for p in 0..P {
-                    let sw = s.load_bf16(sixteen(panels[p].add(block * layout.wide_bytes)));
-                    for n in 0..M {
-                        let scale = s.mul(sw, s.splat(*scales.add(n)));
-                        self.y[p][n] = s.fma(s.to_f32(dots[p][n]), scale, self.y[p][n]);
-                    }
-                }
-                return;
-            }
             let sums = tile
                 .sums
                 .wrapping_add(sum_index(tile, scale.block, block) * M);
-            match scale.kind {
+            let kind = if BLOCK == SUPER {
+                Kind::Wide
+            } else {
+                scale.kind
+            };
+            match kind {
                 Kind::Float {
                     scale: kind,
                     offset,
@@ -235,7 +229,16 @@ impl<S: Simd, const P: usize, const M: usize> Sums<S, P, M> {
                         }
                     }
                 }
-                Kind::Wide => {}
+                Kind::Wide => {
+                    let scales = tile.scales.wrapping_add(block * M);
+                    for p in 0..P {
+                        let sw = s.load_bf16(sixteen(panels[p].add(block * layout.wide_bytes)));
+                        for n in 0..M {
+                            let scale = s.mul(sw, s.splat(*scales.add(n)));
+                            self.y[p][n] = s.fma(s.to_f32(dots[p][n]), scale, self.y[p][n]);
+                        }
+                    }
+                }
             }
         }
     }

@@ -2,6 +2,7 @@
 //! tile of tokens. With one tile the part is small enough for L1; with many it is the whole panel, in L2.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use kbit_simd::{Simd, SimdOp};
@@ -52,12 +53,12 @@ pub(super) fn run<S: Simd>(
         let to = scratch.as_mut_ptr().cast::<u8>();
         let mut panel = panels.start;
         while panel < panels.end {
-            let two = S::PANELS == 2 && panel + 1 < panels.end;
+            let live = S::PANELS.min(panels.end - panel);
             for first in (0..layout.supers).step_by(part) {
                 let supers = first..layout.supers.min(first + part);
-                for side in 0..=usize::from(two) {
+                for side in 0..live {
                     let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
-                    // SAFETY: the scratch has room for the chunks of both panels.
+                    // SAFETY: the scratch has room for the chunks of `PANELS` panels.
                     unsafe {
                         decode(
                             s,
@@ -70,27 +71,23 @@ pub(super) fn run<S: Simd>(
                     };
                 }
                 for index in 0..acts.tiles() {
-                    let first = index * S::TILE;
-                    let tile = acts.tile(index);
+                    let (first, tile, supers) = (index * S::TILE, acts.tile(index), supers.clone());
                     let job = Job {
                         source,
                         scale,
                         tile: &tile,
                         first,
                         panel,
-                        supers: supers.clone(),
+                        live,
+                        supers,
                         weights: to,
                         panel_bytes,
                         out,
                     };
-                    if S::PANELS == 2 && two {
-                        multiply::<S, 2>(s, job);
-                    } else {
-                        multiply::<S, 1>(s, job);
-                    }
+                    multiply(s, job);
                 }
             }
-            panel += 1 + usize::from(two);
+            panel += live;
         }
     });
 }
@@ -111,18 +108,19 @@ unsafe fn decode<S: Simd>(
     macro_rules! bits {
         ($bits:tt) => {{
             macro_rules! method {
-                ($kind:ident, $D:ty, $decode:expr) => {
+                ($D:ty) => {
                     s.run(Unpack::<S, $D> {
                         s,
-                        decode: $decode,
+                        decoder,
                         layout: source.layout,
                         panel: source.at(panel),
                         chunks,
                         to,
+                        kind: PhantomData,
                     })
                 };
             }
-            with_decode!(S, s, decoder, $bits, method)
+            with_decode!(S, decoder, $bits, method)
         }};
     }
     match decoder.bits {
@@ -139,11 +137,12 @@ unsafe fn decode<S: Simd>(
 /// Decoding of some chunks of a panel.
 struct Unpack<'a, S: Simd, D: Decode<S>> {
     s: S,
-    decode: D,
+    decoder: &'a Decoder,
     layout: &'a KLayout,
     panel: *const u8,
     chunks: Range<usize>,
     to: *mut u8,
+    kind: PhantomData<D>,
 }
 
 impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
@@ -151,6 +150,7 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
     #[inline(always)]
     fn eval<T: Simd>(self, _: T) {
         let (s, layout) = (self.s, self.layout);
+        let decode = D::new(s, self.decoder);
         let mut to = self.to;
         for chunk in self.chunks {
             // SAFETY: the chunk is in the panel; the maker of `Unpack` gave room for 16 vectors a chunk.
@@ -159,16 +159,16 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
                 for line in 0..2 * D::BITS {
                     s.prefetch(codes.wrapping_add(2048 + line * 64));
                 }
-                let mut block = self.decode.block(s, layout, self.panel, chunk, 0);
+                let mut block = decode.block(s, layout, self.panel, chunk, 0);
                 macro_rules! quarter {
                     ($q:literal) => {{
                         if $q > 0 && $q * 16 % D::BLOCK == 0 {
-                            block = self.decode.block(s, layout, self.panel, chunk, $q);
+                            block = decode.block(s, layout, self.panel, chunk, $q);
                         }
                         quarter!($q * 4, 0, 1, 2, 3);
                     }};
                     ($g:expr, $($i:literal),*) => { $(
-                        let w = self.decode.vector::<{ $g + $i }>(s, &block, codes);
+                        let w = decode.vector::<{ $g + $i }>(s, &block, codes);
                         s.store_weights(w, to.add(($g + $i) * S::WEIGHT_BYTES));
                     )* };
                 }
@@ -191,6 +191,8 @@ struct Job<'a> {
     first: usize,
     /// First panel.
     panel: usize,
+    /// Panels: one at an odd end, where it is its own partner.
+    live: usize,
     supers: Range<usize>,
     weights: *const u8,
     /// From the weights of one panel to those of the next.
@@ -200,14 +202,23 @@ struct Job<'a> {
 
 /// Finds the kernel for the number of tokens and the scale kind.
 #[inline(always)]
-fn multiply<S: Simd, const P: usize>(s: S, job: Job<'_>) {
+fn multiply<S: Simd>(s: S, job: Job<'_>) {
+    macro_rules! blocks {
+        ($p:literal, $m:literal) => {
+            match job.scale.unrolled() {
+                16 => s.run(Product::<S, $p, $m, 16>(s, job)),
+                32 => s.run(Product::<S, $p, $m, 32>(s, job)),
+                64 => s.run(Product::<S, $p, $m, 64>(s, job)),
+                _ => s.run(Product::<S, $p, $m, 256>(s, job)),
+            }
+        };
+    }
     macro_rules! tokens {
         ($m:literal) => {
-            match job.scale.unrolled() {
-                16 => s.run(Product::<S, P, $m, 16>(s, job)),
-                32 => s.run(Product::<S, P, $m, 32>(s, job)),
-                64 => s.run(Product::<S, P, $m, 64>(s, job)),
-                _ => s.run(Product::<S, P, $m, 256>(s, job)),
+            if const { S::PANELS == 2 } {
+                blocks!(2, $m)
+            } else {
+                blocks!(1, $m)
             }
         };
     }
@@ -215,9 +226,9 @@ fn multiply<S: Simd, const P: usize>(s: S, job: Job<'_>) {
         1 => tokens!(1),
         2 => tokens!(2),
         4 => tokens!(4),
-        6 if S::TILE >= 6 => tokens!(6),
-        8 if S::TILE >= 8 => tokens!(8),
-        12 if S::TILE >= 12 => tokens!(12),
+        6 if const { S::TILE >= 6 } => tokens!(6),
+        8 if const { S::TILE >= 8 } => tokens!(8),
+        12 if const { S::TILE >= 12 } => tokens!(12),
         n => unreachable!("a tile of {n} tokens"),
     }
 }
@@ -244,9 +255,10 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
         let mut weights = [job.weights; P];
         let mut sums = Sums::<S, P, M>::new(s);
         for p in 0..P {
-            panels[p] = job.source.at(job.panel + p);
-            weights[p] = job.weights.wrapping_add(p * job.panel_bytes);
-            if job.supers.start > 0 {
+            let side = p.min(job.live - 1);
+            panels[p] = job.source.at(job.panel + side);
+            weights[p] = job.weights.wrapping_add(side * job.panel_bytes);
+            if p == side && job.supers.start > 0 {
                 for n in 0..tile.tokens.min(M) {
                     // SAFETY: what the part before stored.
                     sums.y[p][n] =
@@ -285,7 +297,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
             // SAFETY: as above.
             unsafe { sums.end_super::<BLOCK>(s, scale, layout, &panels, tile, sup) }
         }
-        for p in 0..P {
+        for p in 0..P.min(job.live) {
             for n in 0..tile.tokens.min(M) {
                 // SAFETY: `Matrix::run` has this part of the output to itself.
                 s.store_part(sums.y[p][n], unsafe {

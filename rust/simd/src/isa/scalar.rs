@@ -36,6 +36,7 @@ impl Simd for Scalar {
     const PAIRS: bool = false;
     const TILE: usize = 4;
     const PANELS: usize = 1;
+    const DIRECT: bool = false;
 
     fn new() -> Option<Self> {
         Some(Self(()))
@@ -241,7 +242,7 @@ impl Simd for Scalar {
     fn load_bytes(self, x: &[u8; 64]) -> Self::Bytes {
         *x
     }
-    #[inline(always)]
+    #[inline(never)]
     fn splat_bytes(self, x: u8) -> Self::Bytes {
         [x; 64]
     }
@@ -261,7 +262,7 @@ impl Simd for Scalar {
     fn linear(self, code: Self::Bytes, add: Self::Bytes, floor: Self::Bytes) -> Self::Bytes {
         each!(64, i => (code[i].wrapping_add(add[i]) as i8).max(floor[i] as i8) as u8)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn table(self, book: &Book) -> Self::Table {
         book.values.map(|v| v as u8)
     }
@@ -273,7 +274,7 @@ impl Simd for Scalar {
     fn weights(self, v: Self::Bytes) -> Self::Weights {
         each!(64, i => v[i] as i8)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
         (book.values, book.ladder)
     }
@@ -298,7 +299,7 @@ impl Simd for Scalar {
             ((value * i32::from(rungs[i / 4]) + 64) >> 7) as i8
         })
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn store_weights(self, w: Self::Weights, to: *mut u8) {
         // SAFETY: the caller gives 64 bytes.
         unsafe { to.cast::<[i8; 64]>().write_unaligned(w) }

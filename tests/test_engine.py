@@ -13,31 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from kbit import _core, archs
+from engines import finish, load
+from kbit import _core
 
 pytestmark = pytest.mark.core
 DEVICES = ["cpu", "reference"]
-
-
-def load(directory, dtype="f32", **options):
-    """An engine over a Hugging Face directory, made by the functions of `_core` alone."""
-    import json
-
-    described = archs.describe(json.loads((directory / "config.json").read_text()))
-    file = _core.TensorFile(directory / "model.safetensors")
-    weights = {
-        name: _core.load_weight([(file, s.tensor)], transforms=s.transforms, dtype=dtype)
-        for name, s in described.sources(file.names()).items()
-    }
-    return _core.Engine(described.spec.to_json(), weights, **options)
-
-
-def finish(request):
-    """All tokens of a request."""
-    tokens = []
-    while (new := request.wait()) is not None:
-        tokens += new
-    return tokens
 
 
 def generate(engine, ids, **options):
@@ -265,7 +245,7 @@ import os, signal, threading, time
 import numpy as np
 from pathlib import Path
 from kbit import _core
-from test_engine import load, finish
+from engines import finish, load
 engine = load(Path(sys.argv[1]), device=sys.argv[2])
 """
     return subprocess.Popen(
@@ -359,17 +339,22 @@ def count(seconds):
     while time.perf_counter() < until:
         n += 1
     return n
-solo = max(count(0.5) for _ in range(3))
-threads = [threading.Thread(target=lambda: engine.score(np.ones(3000, np.uint32)), daemon=True),
-           threading.Thread(target=lambda: finish(engine.submit(np.ones(3000, np.uint32), max_new_tokens=500)), daemon=True)]
+ids = np.ones(3000, np.uint32)
+solo = max(count(0.2) for _ in range(8))
+work = [lambda: engine.score(ids), lambda: finish(engine.submit(ids, max_new_tokens=500))]
+threads = [threading.Thread(target=w, daemon=True) for w in work]
 for t in threads: t.start()
 time.sleep(0.1)
-beside = max(count(0.5) for _ in range(3))
+beside = max(count(0.2) for _ in range(8))
 assert all(t.is_alive() for t in threads)
 print(beside / solo)
 """
-    # The reference device: one thread, so that the counter has a core of its own.
-    process = script(body, slow, "reference")
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (0, "")
-    assert float(out) >= 0.8
+    # The reference device: one thread, so that the counter has a core of its own. What else the machine does shows in
+    # a try, so there are some; a GIL that is held shows in all.
+    rates = []
+    while len(rates) < 5 and max(rates, default=0) < 0.8:
+        process = script(body, slow, "reference")
+        out, err = process.communicate(timeout=100)
+        assert (process.returncode, err) == (0, "")
+        rates.append(float(out))
+    assert max(rates) >= 0.8, rates

@@ -24,7 +24,7 @@ fn main() {
     println!("cargo::rerun-if-env-changed=KBIT_COMMIT");
     println!("cargo::rerun-if-changed=build.rs");
     // The commit moves with HEAD and with the branch it points to; a worktree or an sdist has no such folder here.
-    for path in output("git", &["rev-parse", "--git-path", "logs/HEAD"]).iter() {
+    if let Some(path) = output("git", &["rev-parse", "--git-path", "logs/HEAD"]) {
         println!("cargo::rerun-if-changed={path}");
     }
 }

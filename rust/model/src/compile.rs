@@ -277,9 +277,8 @@ impl Compiler<'_> {
         let (attn, mlp) = (format!("layers.{i}.attn"), format!("layers.{i}.mlp"));
         let x = self.normed(&format!("{attn}.in_norm"), b.h, b.x, true)?;
         // A parallel MLP reads the stream as attention found it, so its norm comes first.
-        let parallel = match spec.parallel_residual {
-            false => None,
-            true => Some(match self.norm(&format!("{mlp}.in_norm"), false)? {
+        let parallel = if spec.parallel_residual {
+            Some(match self.norm(&format!("{mlp}.in_norm"), false)? {
                 Some(norm) => {
                     self.push(Op::Norm {
                         x: b.h,
@@ -294,7 +293,9 @@ impl Compiler<'_> {
                     )));
                 }
                 None => x,
-            }),
+            })
+        } else {
+            None
         };
 
         let parts = ["q", "k", "v"]

@@ -1,4 +1,5 @@
 //! Specs to programs: what is computed when, what is missing or left over, rotary tables.
+#![allow(clippy::excessive_precision, reason = "all digits of NumPy's float32")]
 
 mod common;
 
@@ -198,7 +199,7 @@ fn errors_name_both_sides() {
                     num_experts_per_tok: 1,
                     moe_intermediate_size: 1,
                     routing: String::new(),
-                })
+                });
             },
             "num_experts",
         ),
@@ -350,10 +351,10 @@ fn chunks_do_not_matter_but_every_switch_does() {
     differs("window", &|s, _| s.layers[0].sliding_window = Some(5));
     differs("alibi", &|s, _| s.alibi = true);
     differs("attention softcap", &|s, _| {
-        s.attn_logit_softcapping = Some(1.5)
+        s.attn_logit_softcapping = Some(1.5);
     });
     differs("final softcap", &|s, _| {
-        s.final_logit_softcapping = Some(2.0)
+        s.final_logit_softcapping = Some(2.0);
     });
     differs("attention scale", &|s, _| s.attention_scale = 0.1);
     differs("embed scale", &|s, _| s.embed_scale = 3.0);
@@ -382,7 +383,7 @@ fn chunks_do_not_matter_but_every_switch_does() {
         differs(name, &|_, all| drop(all.insert(name.into(), shape.clone())));
     }
     differs("positions", &|_, all| {
-        drop(all.insert("embed.positions.weight".into(), vec![66, 32]))
+        drop(all.insert("embed.positions.weight".into(), vec![66, 32]));
     });
     differs("positions with an offset", &|s, all| {
         all.insert("embed.positions.weight".into(), vec![66, 32]);

@@ -125,7 +125,10 @@ pub(crate) fn raise(error: Error) -> PyErr {
                     .to_string();
                 py_exceptions::PyOSError::new_err((number, text, path))
             }
-            None => py_exceptions::PyOSError::new_err(format!("{path}: {source}")),
+            None => PyErr::from(std::io::Error::new(
+                source.kind(),
+                format!("{path}: {source}"),
+            )),
         },
         other => new(py, "KbitError", other.to_string()),
     })

@@ -1,5 +1,9 @@
 //! Module `kbit._core`: numpy to slices and back, errors to exceptions, the GIL released. Nothing else; `_core.pyi`
 //! documents everything here.
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "PyO3 hands over what it extracted"
+)]
 
 mod engine;
 mod error;

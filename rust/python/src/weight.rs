@@ -279,7 +279,11 @@ pub(crate) fn quantize(
 ) -> PyResult<Weight> {
     let format = codebook_format(format)?;
     let (rows, inputs) = array.as_array().dim();
-    let values: Vec<f32> = array.as_array().iter().copied().collect();
+    // The slice is the fast way; other layouts go element by element.
+    let values = match array.as_slice() {
+        Ok(values) => values.to_vec(),
+        Err(_) => array.as_array().iter().copied().collect(),
+    };
     let importance: Option<Vec<f32>> = importance.map(|i| i.as_array().iter().copied().collect());
     let k = interruptible(py, move |cancel| {
         let options = QuantizeOptions {

@@ -280,7 +280,7 @@ impl Loop {
             // Somebody in the step was cancelled; the next round ends that one and repeats the step for the others.
             Err(Error::Cancelled) => {}
             Err(Error::Memory(_)) if self.active.len() + usize::from(self.pass.is_some()) > 1 => {
-                self.preempt()
+                self.preempt();
             }
             Err(_) if plan.len() > 1 => {
                 // Alone, the step fails only for whom the error belongs to. From the back: ending one moves those behind it.

@@ -9,17 +9,17 @@ use super::Weights;
 impl Weights {
     /// Row `row` of a matrix as f32.
     pub(super) fn row(&self, id: WeightId, row: usize, out: &mut [f32]) {
-        match &self.weights[id.0 as usize] {
+        match &self.stored[id.0 as usize] {
             Weight::Quantised(k) => k.dequantize_row(row, out),
             Weight::Dense(_) => {
-                out.copy_from_slice(&self.dense[id.0 as usize][row * out.len()..][..out.len()])
+                out.copy_from_slice(&self.dense[id.0 as usize][row * out.len()..][..out.len()]);
             }
         }
     }
 
     /// `W x + b`.
     pub(super) fn linear(&self, linear: &Linear, x: &[f32]) -> Vec<f32> {
-        let weight = &self.weights[linear.weight.0 as usize];
+        let weight = &self.stored[linear.weight.0 as usize];
         let mut y = match weight {
             Weight::Quantised(k) if integer(k) && self.activations == Activations::Int8 => {
                 integer_matmul(k, x)

@@ -41,7 +41,7 @@ impl Device for Reference {
         };
         let dense = weights.iter().map(dense).collect();
         let weights = Weights {
-            weights,
+            stored: weights,
             dense,
             activations: options.activations,
         };
@@ -57,7 +57,7 @@ impl Device for Reference {
 
 /// Weights with the dense ones as f32.
 struct Weights {
-    weights: Vec<Weight>,
+    stored: Vec<Weight>,
     dense: Vec<Vec<f32>>,
     activations: Activations,
 }

@@ -2,7 +2,9 @@
 
 import json
 import math
+import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+import as_gguf
 import kbit
 from kbit import KbitError, ModelFormatError, UnsupportedModelError, archs
+from kbit._core import TensorFile
 from kbit.names import resolve
 from kbit.spec import ExpertsSpec, LayerSpec, ModelSpec, RopeSpec
 from reference_decoder import ReferenceDecoder, transformed
+from reference_decoder import frequencies as rope_frequencies
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -25,7 +30,7 @@ from weights import weights as formula_weights  # noqa: E402
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 LONG = [case for case in CASES if case.startswith("long_")]
 SHORT = [case for case in CASES if case not in LONG]
-NO_GGUF = {"gpt_neo", "opt"}
+NO_GGUF = {"gpt_neo", "gptj", "opt"}  # llama.cpp does not run them
 
 
 class Golden:
@@ -46,6 +51,15 @@ class Golden:
         (path / "config.json").write_text(json.dumps(self.config))
         save_file(self.tensors() if tensors is None else tensors, path / "model.safetensors")
         return path
+
+
+# Layers of these cases differ in a way that llama.cpp has no key for.
+GGUF_CASES = [
+    case
+    for case in SHORT
+    if Golden(case).config["model_type"] in as_gguf.ARCHS
+    and case not in ("phi_qk_norm", "qwen3_moe_mixed")
+]
 
 
 def canonical(description, tensors):
@@ -149,6 +163,81 @@ def test_quantised_against_its_own_weights(case, bits, tmp_path):
     assert divergence(expected, exact) <= 1e-6
     with kbit.load(folder, bits=bits) as model:
         assert divergence(expected, model.forward(golden.ids[0])) <= 5e-3
+
+
+# GGUF
+
+
+def by_gguf(spec, model_type):
+    """What a GGUF file says of `spec`: floats in f32, and nothing of what llama.cpp takes for granted."""
+    spec = ModelSpec.from_json(json.dumps(in_f32(json.loads(spec.to_json()))))
+    if model_type in ("gemma2", "gemma3_text"):
+        spec = replace(spec, attention_scale=float(spec.head_dim**-0.5))
+    local = {"qwen2": False, "starcoder2": False, "gemma3_text": True}.get(model_type)
+    if local is not None:
+        window = max((layer.sliding_window or 0 for layer in spec.layers), default=0)
+        changed = {"sliding_window": window if local else None}
+        changed |= {"rope": 1} if model_type == "gemma3_text" else {}
+        spec = replace(spec, layers=tuple(replace(layer, **changed) for layer in spec.layers))
+    return ModelSpec.from_json(json.dumps(in_f32(json.loads(spec.to_json()))))
+
+
+def in_f32(value):
+    if isinstance(value, dict):
+        return {key: in_f32(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [in_f32(item) for item in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+def test_every_architecture_that_llama_cpp_runs_has_its_gguf_names():
+    without = {name for name, architecture in archs.registry().items() if not architecture.gguf}
+    assert without == NO_GGUF
+    written = {Golden(case).config["model_type"] for case in GGUF_CASES}
+    # What llama.cpp calls llama, mistral included, is read as llama: the window is not in the file.
+    assert written == set(archs.registry()) - NO_GGUF - {"mistral"}
+
+
+@pytest.mark.parametrize("case", GGUF_CASES)
+def test_gguf_says_the_same(case, tmp_path):
+    golden = Golden(case)
+    model_type = golden.config["model_type"]
+    as_gguf.write(tmp_path / "model.gguf", golden.config, golden.tensors())
+    file = TensorFile(tmp_path / "model.gguf")
+    description = archs.describe_gguf([file])
+    assert description.architecture.model_type == model_type
+    expected = archs.describe(golden.config)
+    spec = by_gguf(description.spec, model_type)
+    assert spec == by_gguf(expected.spec, model_type)
+    found = canonical(description, {name: file.read(name) for name in file.names()})
+    wanted = canonical(expected, golden.tensors())
+    assert sorted(found) == sorted(wanted)
+    for name, value in wanted.items():
+        # 1 + w of Gemma's norms is rounded once on both ways.
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["long_llama3", "long_longrope"])
+@pytest.mark.parametrize("length", [1024, 8192])
+def test_gguf_rope_factors(case, length, tmp_path):
+    golden = Golden(case)
+    config = golden.config
+    as_gguf.write(tmp_path / "model.gguf", config, golden.tensors())
+    found = archs.describe_gguf([TensorFile(tmp_path / "model.gguf")]).spec
+    wanted = archs.describe(config).spec
+    frequencies = [rope_frequencies(s.ropes[0], length, length) for s in (found, wanted)]
+    np.testing.assert_allclose(frequencies[0][0], frequencies[1][0], rtol=1e-6)
+    assert frequencies[0][1] == pytest.approx(frequencies[1][1], rel=1e-6)
+
+
+def test_gemma_2_27b_scales_by_its_width(tmp_path):
+    golden = Golden("gemma2")
+    config = golden.config | {"num_hidden_layers": 46, "layer_types": None}
+    shapes = json.loads(golden.metadata["tensors"])
+    ends = {name: shape for name, shape in shapes.items() if ".layers." not in name}
+    as_gguf.write(tmp_path / "model.gguf", config, formula_weights(ends, 1))
+    spec = archs.describe_gguf([TensorFile(tmp_path / "model.gguf")]).spec
+    assert spec.attention_scale == pytest.approx((64 / 4) ** -0.5)
 
 
 # The data
@@ -364,6 +453,12 @@ def test_a_spec_with_something_wrong_is_refused(spec, data):
         assert wrong is None or isinstance(plain[key], list)
     except ModelFormatError as error:
         assert key in str(error)  # noqa: PT017
+
+
+def test_the_models_page_is_current():
+    docs = GOLDEN.parent.parent / "docs"
+    page = runpy.run_path(str(docs / "models.py"))["page"]
+    assert (docs / "models.md").read_text() == page()
 
 
 def test_broken_specs_are_refused():

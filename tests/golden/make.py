@@ -46,6 +46,12 @@ OLDER = ALL_HEADS | {
     "n_positions": 256,
 }
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+QWEN3_EXPERTS = {
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 LONG = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -89,17 +95,10 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
-    "qwen3_moe": (
+    "qwen3_moe": ("qwen3_moe", QWEN3_EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe_mixed": (
         "qwen3_moe",
-        {
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "mlp_only_layers": [1],
-            "norm_topk_prob": False,
-        },
+        QWEN3_EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": False},
     ),
     "gemma": ("gemma", {"head_dim": 24, "tie_word_embeddings": True}),
     "gemma2": (
@@ -120,7 +119,8 @@ CASES = {
             }
         },
     ),
-    "phi": ("phi", {"qk_layernorm": True}),
+    "phi": ("phi", {}),
+    "phi_qk_norm": ("phi", {"num_hidden_layers": 1, "qk_layernorm": True}),
     "phi3": ("phi3", {"sliding_window": 20, "num_key_value_heads": 2}),
     "gpt2": ("gpt2", OLDER | {"tie_word_embeddings": True}),
     "gpt_neo": (
@@ -158,6 +158,7 @@ CASES = {
         | {"head_dim": 16, "sliding_window": 12, "intermediate_size": 32}
         | rope("yarn", factor=8.0, original_max_position_embeddings=32, truncate=False),
     ),
+    "exaone4": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 12}),
     "long_default": ("llama", long()),
     "long_linear": ("llama", long(**SCALED["linear"])),
     "long_dynamic": ("llama", long(2048, **SCALED["dynamic"])),

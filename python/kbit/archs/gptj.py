@@ -1,13 +1,11 @@
 """GPT-J: parallel attention and MLP under one layer norm, rotated pairs side by side."""
 
 from kbit.archs._decoder import decoder
-from kbit.archs._gguf import Gguf
 from kbit.config import Config
 from kbit.names import NameMap, rope_halves, to
 from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("GPTJForCausalLM",)
-GGUF = Gguf("gptj", interleaved=True)
 NAMES = NameMap(
     {
         "wte": "embed",

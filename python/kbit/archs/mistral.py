@@ -8,7 +8,7 @@ from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("MistralForCausalLM",)
 NAMES = llama.NAMES
-GGUF = Gguf("mistral", interleaved=True)
+GGUF = Gguf("llama", interleaved=True)
 
 
 def spec(config: Config) -> ModelSpec:

@@ -1,5 +1,7 @@
 """Golden checkpoints as llama.cpp's converter would write them, by the `gguf` package's own name maps."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 
@@ -48,7 +50,7 @@ def write(path, config, tensors):
     writer.close()
 
 
-def first(config, *keys, default=None):
+def first(config, *keys, default=None) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), default)
 
 

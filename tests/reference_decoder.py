@@ -199,6 +199,7 @@ def frequencies(rope, n, context):
             if scale is None:
                 scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return plain / np.array(divisors), scale
+    raise AssertionError(rope.rope_type)
 
 
 def yarn(rope, plain):

@@ -3,7 +3,6 @@
 import json
 import math
 import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import as_gguf
 import kbit
+from golden_weights import weights as formula_weights
 from kbit import KbitError, ModelFormatError, UnsupportedModelError, archs
 from kbit._core import TensorFile
 from kbit.names import resolve
@@ -24,8 +24,6 @@ from reference_decoder import ReferenceDecoder, transformed
 from reference_decoder import frequencies as rope_frequencies
 
 GOLDEN = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN))
-from weights import weights as formula_weights  # noqa: E402
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 LONG = [case for case in CASES if case.startswith("long_")]
@@ -38,7 +36,7 @@ class Golden:
 
     def __init__(self, case):
         with safe_open(GOLDEN / f"{case}.safetensors", "numpy") as file:
-            self.metadata = file.metadata()
+            self.metadata = file.metadata() or {}
             self.expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.config = json.loads(self.metadata["config"])
         self.ids = self.expected["input_ids"].astype(np.uint32)
@@ -123,6 +121,32 @@ def test_engine_is_the_golden(case, tmp_path):
                 assert np.abs(out.attentions[0] - expected["attention_0"]).max() <= 1e-5
             done = model.generate(ids, max_new_tokens=24, temperature=0, ignore_eos=True)
             assert done.token_ids == expected["greedy"][row, len(ids) :].tolist()
+
+
+GIVEN = (
+    *("llama", "llama_rope3", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "phi3"),
+    *("gpt2", "gpt_neox", "opt"),
+)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_engine_is_the_given_golden(name, shared):
+    folder = shared(f"golden/{name}")
+    expected = load_file(folder / "golden.safetensors")
+    spread = expected["logits"].std()
+    with kbit.load(folder, dtype="f32", strict=True) as model:
+        for row, ids in enumerate(expected["input_ids"].astype(np.uint32)):
+            out = model.forward(ids, hidden_states=True, attentions=True)
+            assert np.abs(out.logits - expected["logits"][row]).max() <= 1e-4 * spread
+            found = out.hidden_states[1], out.hidden_states[-1], out.attentions[0]
+            for part, key in zip(found, ("hidden_1", "hidden_last", "attention_0"), strict=True):
+                scale = np.abs(expected[key][row]).max()
+                assert np.abs(part - expected[key][row]).max() <= 1e-4 * scale
+            score = model.score(ids[:1], ids[1:])
+            assert np.abs(score - expected["token_logprobs"][row]).max() <= 1e-4
+            greedy = expected["greedy"][row, len(ids) :].tolist()
+            done = model.generate(ids, max_new_tokens=len(greedy), temperature=0, ignore_eos=True)
+            assert done.token_ids == greedy
 
 
 @pytest.mark.parametrize("case", LONG)
@@ -225,9 +249,10 @@ def test_gguf_rope_factors(case, length, tmp_path):
     as_gguf.write(tmp_path / "model.gguf", config, golden.tensors())
     found = archs.describe_gguf([TensorFile(tmp_path / "model.gguf")]).spec
     wanted = archs.describe(config).spec
-    frequencies = [rope_frequencies(s.ropes[0], length, length) for s in (found, wanted)]
-    np.testing.assert_allclose(frequencies[0][0], frequencies[1][0], rtol=1e-6)
-    assert frequencies[0][1] == pytest.approx(frequencies[1][1], rel=1e-6)
+    found_table, found_factor = rope_frequencies(found.ropes[0], length, length)
+    table, factor = rope_frequencies(wanted.ropes[0], length, length)
+    np.testing.assert_allclose(found_table, table, rtol=1e-6)
+    assert found_factor == pytest.approx(factor, rel=1e-6)
 
 
 def test_gemma_2_27b_scales_by_its_width(tmp_path):
@@ -243,12 +268,10 @@ def test_gemma_2_27b_scales_by_its_width(tmp_path):
 # The data
 
 
-OLD_KEYS = {"dtype": "torch_dtype"}
-
-
 def older(config):
     """A config of transformers 5 as version 4 spelt it."""
-    config = {OLD_KEYS.get(key, key): value for key, value in config.items()}
+    config = {**config, "torch_dtype": config["dtype"]}
+    del config["dtype"]
     rope = config.pop("rope_parameters", None)
     if rope is None:
         return config

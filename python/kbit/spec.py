@@ -178,7 +178,7 @@ def _read(data: Any, kind: type[T], place: str) -> T:
         return typing.cast("T", tuple(_read(v, arguments[0], f"{place}[{i}]") for i, v in items))
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return typing.cast("T", float(data))
-    if not isinstance(kind, type) or type(data) is not kind:
+    if type(data) is not kind:
         wanted = getattr(kind, "__name__", "list")
         raise ModelFormatError(f"{place} must be a {wanted}, is {type(data).__name__}")
     return typing.cast("T", data)

@@ -4,7 +4,7 @@ Run by hand where torch and transformers are (the extra `torch`); tests read onl
 
     python tests/golden/make.py [case ...]
 
-A file holds the config, names and shapes of the tensors (values: weights.py), and for two prompts
+A file holds the config, names and shapes of the tensors (values: golden_weights.py), and for two prompts
 of 48 ids: logits, hidden states after the first layer and at the end, attention weights of the
 first layer (first prompt), and a greedy continuation. A case named `long_*` holds the last logits
 of one sequence that passes the window and the context before scaling.
@@ -20,9 +20,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from weights import weights
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from golden_weights import weights  # noqa: E402
+
 TOKENS, NEW_TOKENS, TAIL = 48, 24, 16
 BASE = {
     "vocab_size": 96,

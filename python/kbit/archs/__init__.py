@@ -76,7 +76,7 @@ def registry() -> dict[str, Architecture]:
     return dict(sorted(found.items()))
 
 
-def find(model_type: Any, classes: Any = ()) -> Architecture:
+def find(model_type: Any, classes: Any = None) -> Architecture:
     """The architecture of a `model_type`, or of one of the Hugging Face `classes`.
 
     Raises:
@@ -85,7 +85,7 @@ def find(model_type: Any, classes: Any = ()) -> Architecture:
     known = registry()
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    names = classes if isinstance(classes, (list, tuple)) else ()
+    names = cast("list[Any]", classes) if isinstance(classes, list) else []
     for architecture in known.values():
         if model_type is None and any(name in architecture.classes for name in names):
             return architecture

@@ -145,7 +145,7 @@ def gguf_config(gguf: Gguf, files: Sequence[TensorFile]) -> dict[str, Any]:
             if any(item != items[0] for item in items):
                 raise UnsupportedModelError(f"GGUF: {prefix}{key} differs between layers")
             return items[0]
-        return found
+        return cast("Any", found)
 
     config: dict[str, Any] = {}
     for name, keys in KEYS.items():
@@ -180,7 +180,7 @@ def _rope(config: dict[str, Any], value: Any, files: Sequence[TensorFile]) -> di
     scaling = {name: found for name, key in SCALING.items() if (found := value(key)) is not None}
     short, long = (_factors(files, f"rope_factors_{name}.weight") for name in ("short", "long"))
     if short and long:
-        scaling.pop("beta_fast", None), scaling.pop("beta_slow", None)
+        scaling = {k: v for k, v in scaling.items() if not k.startswith("beta")}
         return {**scaling, "rope_type": "longrope", "short_factor": short, "long_factor": long}
     if factors := _factors(files, "rope_freqs.weight"):
         # Llama 3's scaling, worked out for every pair: the same before and after the context.

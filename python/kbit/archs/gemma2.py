@@ -15,7 +15,7 @@ NORMS = {
     "layers.{i}.post_feedforward_layernorm": "layers.{i}.mlp.out_norm",
 }
 NAMES = NameMap(
-    steps_on(llama.NAMES.names | NORMS, "norm", add_one),
+    steps_on({**llama.NAMES.names, **NORMS}, "norm", add_one),
     prefixes=("model.",),
     ignored=llama.IGNORED,
 )

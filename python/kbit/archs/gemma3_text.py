@@ -9,7 +9,7 @@ from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("Gemma3ForCausalLM",)
 NAMES = NameMap(
-    steps_on(llama.NAMES.names | gemma2.NORMS | qwen3.QK_NORMS, "norm", add_one),
+    steps_on({**llama.NAMES.names, **gemma2.NORMS, **qwen3.QK_NORMS}, "norm", add_one),
     prefixes=("model.",),
     ignored=llama.IGNORED,
 )

@@ -28,7 +28,8 @@ NAMES = NameMap(
 
 def spec(config: Config) -> ModelSpec:
     """The MLP is four times as wide as the model unless `n_inner` says otherwise."""
-    model = decoder(
+    scaled = config.flag("scale_attn_weights", True)
+    return decoder(
         config,
         eps=1e-5,
         norm="layer",
@@ -36,6 +37,5 @@ def spec(config: Config) -> ModelSpec:
         mlp="plain",
         intermediate_size=config.integer("intermediate_size", 4 * config.integer("hidden_size")),
         ropes=(),
-        **({} if config.flag("scale_attn_weights", True) else {"attention_scale": 1.0}),
+        attention_scale=config.head_dim() ** -0.5 if scaled else 1.0,
     )
-    return model

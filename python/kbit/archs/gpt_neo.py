@@ -1,6 +1,6 @@
 """GPT-Neo: GPT-2 with unscaled q . k and every other layer local."""
 
-from itertools import chain, repeat
+from typing import Any, cast
 
 from kbit._core import ModelFormatError
 from kbit.archs._decoder import decoder
@@ -30,24 +30,29 @@ NAMES = NameMap(
 
 
 def local(config: Config) -> list[bool]:
-    """Which layers are local: `attention_types` lists patterns and how often each repeats."""
+    """Which layers are local: `attention_types` has patterns and how often each repeats."""
     count = config.integer("num_hidden_layers")
-    layers: list[object] = []
-    for item in config.sequence("attention_types") or [[["global", "local"], (count + 1) // 2]]:
-        match item:
-            case [list(pattern), times] if len(layers) <= count:
-                times = min(checked_integer(times, "attention_types", 1), count)
-                layers += chain.from_iterable(repeat(pattern, times))
-            case _:
-                raise ModelFormatError(
-                    f"config: attention_types has {item!r:.80}, not a pattern and a count"
-                )
-    layers = config.sequence("attention_layers", count) or layers[:count]
+    patterns = config.sequence("attention_types") or [[["global", "local"], count]]
+    layers = config.sequence("attention_layers", count) or []
+    if not layers:
+        for item in patterns:
+            pattern, times = pair(item)
+            layers += pattern * min(checked_integer(times, "attention_types", 1), count)
+            del layers[count:]
     if len(layers) != count or any(kind not in ("global", "local") for kind in layers):
         raise ModelFormatError(
-            f"config: attention_types must name {count} layers global or local: {layers!r:.80}"
+            f"config: attention_types must say global or local {count} times: {layers!r:.80}"
         )
     return [kind == "local" for kind in layers]
+
+
+def pair(item: Any) -> tuple[list[Any], Any]:
+    """A pattern and a count."""
+    if isinstance(item, list):
+        parts = cast("list[Any]", item)
+        if len(parts) == 2 and isinstance(parts[0], list):
+            return cast("list[Any]", parts[0]), parts[1]
+    raise ModelFormatError(f"config: attention_types has {item!r:.80}, not a pattern and a count")
 
 
 def spec(config: Config) -> ModelSpec:

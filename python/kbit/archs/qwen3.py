@@ -10,7 +10,7 @@ from kbit.spec import ModelSpec
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 GGUF = Gguf("qwen3")
 QK_NORMS = {f"layers.{{i}}.self_attn.{x}_norm": f"layers.{{i}}.attn.{x}_norm" for x in "qk"}
-NAMES = NameMap(llama.NAMES.names | QK_NORMS, prefixes=("model.",), ignored=llama.IGNORED)
+NAMES = NameMap({**llama.NAMES.names, **QK_NORMS}, prefixes=("model.",), ignored=llama.IGNORED)
 
 
 def spec(config: Config) -> ModelSpec:

@@ -75,7 +75,8 @@ impl DType {
             Self::F32 => each(bytes, out, f32::from_le_bytes),
             Self::F64 => each(bytes, out, |c| f64::from_le_bytes(c) as f32),
             Self::F16 => each(bytes, out, |c| half::f16::from_le_bytes(c).to_f32()),
-            Self::BF16 => each(bytes, out, |c| half::bf16::from_le_bytes(c).to_f32()),
+            // Not `half`'s, which changes signalling NaNs.
+            Self::BF16 => each(bytes, out, |c| f32::from_bits(u32::from(u16::from_le_bytes(c)) << 16)),
             Self::F8E4M3 => each(bytes, out, |[c]| f8_e4m3(c)),
             Self::F8E5M2 => each(bytes, out, |[c]| half::f16::from_bits(u16::from(c) << 8).to_f32()),
             Self::I8 => each(bytes, out, |c| i8::from_le_bytes(c) as f32),

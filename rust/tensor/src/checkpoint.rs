@@ -11,6 +11,15 @@
 //! multiple of 64 bytes and so does every tensor (`kbit.pad.*` fill up what other tensors leave), so that the file's
 //! bytes are the engine's. A checksum is XXH3-64 over the XXH3-64s of pieces of 1 MiB: read and verified in parallel.
 
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -284,9 +293,9 @@ fn checksums(items: &[Item]) -> Result<Vec<u64>> {
 /// The checksum of a tensor whose pieces hash to `pieces`.
 fn combine(pieces: &[u64]) -> u64 {
     let mut digest = Xxh3::new();
-    pieces
-        .iter()
-        .for_each(|hash| digest.update(&hash.to_le_bytes()));
+    for hash in pieces {
+        digest.update(&hash.to_le_bytes());
+    }
     digest.digest()
 }
 
@@ -460,7 +469,7 @@ fn read_data(file: &TensorFile) -> Result<(Arc<Bytes>, u64, Vec<u64>)> {
     for info in file.tensors() {
         let mut from = 0;
         while from < info.nbytes {
-            let len = (info.nbytes - from).min(PIECE as u64);
+            let len = info.nbytes.saturating_sub(from).min(PIECE as u64);
             pieces.push((info, from, to_usize(len)?));
             from = from.saturating_add(len);
         }

@@ -1,5 +1,5 @@
 //! Weights as GGUF, without changing a value: k-bit matrices that came from a GGUF type go back to it; native ones
-//! become Q8_0, whose int8 codes hold their int8 weights and whose f16 scales hold most bf16 scales exactly; what fits
+//! become `Q8_0`, whose int8 codes hold their int8 weights and whose f16 scales hold most bf16 scales exactly; what fits
 //! neither is written as F32, which holds all of them.
 
 use std::path::Path;
@@ -93,7 +93,7 @@ pub fn save_gguf(
 
 /// Which row of the weight each row of the file is.
 struct Rows {
-    rows: usize,
+    count: usize,
     columns: usize,
     head: usize,
     rotated: usize,
@@ -116,7 +116,7 @@ impl Rows {
             ));
         }
         Ok(Self {
-            rows,
+            count: rows,
             columns,
             head,
             rotated,
@@ -174,7 +174,7 @@ fn kind_of(parts: &[&Weight]) -> Result<GgmlType> {
 
 /// Whether every block of 32 is an f16 times integers of -127..=127.
 fn is_q8_0(k: &KTensor) -> bool {
-    if k.inputs() % 32 != 0 || k.permutation().is_some() {
+    if !k.inputs().is_multiple_of(32) || k.permutation().is_some() {
         return false;
     }
     let mut blocks = vec![([0i32; 32], 0.0); k.inputs() / 32];
@@ -195,10 +195,10 @@ fn put(out: &mut Out, weight: &Weight, kind: GgmlType, rows: &Rows) -> Result<()
     let step = (16usize << 20)
         .checked_div(row_bytes)
         .unwrap_or(0)
-        .clamp(1, rows.rows.max(1));
+        .clamp(1, rows.count.max(1));
     let mut buffer = vec![0; step * row_bytes];
-    for first in (0..rows.rows).step_by(step) {
-        let count = step.min(rows.rows - first);
+    for first in (0..rows.count).step_by(step) {
+        let count = step.min(rows.count - first);
         let buffer = buffer.get_mut(..count * row_bytes).unwrap_or_default();
         parallel::for_each_piece(0, buffer, 16 * row_bytes, |i, piece| {
             for (r, out) in piece.chunks_exact_mut(row_bytes).enumerate() {

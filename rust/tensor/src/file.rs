@@ -1,5 +1,14 @@
 //! Files of tensors: opened and validated once, read on demand.
 
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -36,7 +45,7 @@ impl Stored {
     /// Bits of an element of a type that is stored one by one.
     pub(crate) const fn bits(self) -> u64 {
         match self {
-            Self::Plain(dtype) => 8 * dtype.size() as u64,
+            Self::Plain(dtype) => 8u64.saturating_mul(dtype.size() as u64),
             Self::Ggml(_) => 0,
             Self::Other { bits, .. } => bits,
         }

@@ -5,6 +5,15 @@
 //! [`MAX_DEPTH`] are refused. The `safetensors` crate wants the whole file in memory and keeps the last of two tensors
 //! of one name, so the header is read here.
 
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -46,12 +55,13 @@ pub(crate) fn read(source: &Source) -> Result<Header> {
             "header of {length} bytes; at most {MAX_HEADER} are read"
         )));
     }
-    if length > size - 8 {
+    let rest = size.saturating_sub(8);
+    let Some(data) = rest.checked_sub(length) else {
         return Err(wrong(format!(
-            "header of {length} bytes, but {} follow its length",
-            size - 8
+            "header of {length} bytes, but {rest} follow its length"
         )));
-    }
+    };
+    let start = size.saturating_sub(data);
     let json = source.read_vec(8, length)?;
     if let Some(at) = too_deep(&json) {
         return Err(wrong(format!(
@@ -62,18 +72,17 @@ pub(crate) fn read(source: &Source) -> Result<Header> {
         serde_json::from_slice(&json).map_err(|e| wrong(format!("header is not valid: {e}")))?;
     drop(json);
 
-    let data = size - 8 - length;
     let mut entries = raw.tensors;
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let mut tensors = Vec::with_capacity(entries.len());
     let mut end = 0;
     for (name, entry) in entries {
         let (from, to) = entry.data_offsets;
-        if from != end || to < from {
+        let Some(nbytes) = to.checked_sub(from).filter(|_| from == end) else {
             return Err(wrong(format!(
                 "tensor {name:?} lies at {from}..{to}, the one before it ends at {end}"
             )));
-        }
+        };
         if to > data {
             return Err(wrong(format!(
                 "tensor {name:?} ends at byte {to} of the data, the file holds {data}"
@@ -91,7 +100,7 @@ pub(crate) fn read(source: &Source) -> Result<Header> {
             .iter()
             .try_fold(1u64, |n, &d| n.checked_mul(d))
             .and_then(|n| n.checked_mul(stored.bits()));
-        if bits.is_none_or(|bits| bits % 8 != 0 || bits / 8 != to - from) {
+        if bits.is_none_or(|bits| bits % 8 != 0 || bits / 8 != nbytes) {
             let wanted = bits.map_or("more than 2^64".into(), |bits| {
                 format!("{}", bits as f64 / 8.0)
             });
@@ -99,7 +108,7 @@ pub(crate) fn read(source: &Source) -> Result<Header> {
                 "tensor {name:?} of {} {:?} wants {wanted} bytes, its offsets hold {}",
                 stored.name(),
                 entry.shape,
-                to - from
+                nbytes
             )));
         }
         end = to;
@@ -114,8 +123,8 @@ pub(crate) fn read(source: &Source) -> Result<Header> {
             name,
             stored,
             shape,
-            at: 8 + length + from,
-            nbytes: to - from,
+            at: start.saturating_add(from),
+            nbytes,
         });
     }
     if end != data {
@@ -162,7 +171,11 @@ struct Entry {
 
 /// Element types by the names of a header; those without a [`DType`] can be listed but not read.
 #[derive(Deserialize)]
-#[allow(non_camel_case_types, reason = "the names of the format")]
+#[allow(
+    non_camel_case_types,
+    clippy::upper_case_acronyms,
+    reason = "the names of the format"
+)]
 enum Name {
     BOOL,
     F4,

@@ -117,7 +117,7 @@ impl Tensor {
 pub enum Weight {
     /// Kept in its own dtype (f32, f16, bf16), computed in f32.
     Dense(Tensor),
-    /// (out_features, in_features) in kernel order.
+    /// (`out_features`, `in_features`) in kernel order.
     Quantised(KTensor),
 }
 

@@ -8,6 +8,14 @@
 //! A row is the innermost dimension (one element, for a vector), so that k-bit rows move without being decoded. Only
 //! [`Transform::Transpose`] and reshapes that cut rows need the elements: they make a dense array of what there is.
 
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -27,7 +35,7 @@ pub enum Transform {
     /// Multiplies every element, in f32.
     Scale(f32),
     /// Rows of a rotary projection: within the first `rotary_dim` rows of each of `heads` heads, pairs that lie side by
-    /// side (2j, 2j + 1) become halves (j, j + rotary_dim / 2).
+    /// side (2j, 2j + 1) become halves (j, j + `rotary_dim` / 2).
     PermuteRope {
         /// Heads along the outermost dimension.
         heads: usize,
@@ -137,7 +145,9 @@ impl<'a> View<'a> {
                 rows.try_fold(1usize, |n, &d| n.checked_mul(d)).unwrap_or(0)
             };
             let before = starts.last().copied().unwrap_or(0);
-            let after = before.checked_add(rows).filter(|n| *n <= u32::MAX as usize);
+            let after = before
+                .checked_add(rows)
+                .filter(|n| u32::try_from(*n).is_ok());
             starts.push(after.ok_or_else(|| {
                 Error::Argument(format!(
                     "{:?} and what is before it have more than 2^32 rows",
@@ -341,7 +351,7 @@ impl<'a> View<'a> {
         let n = self.shape.first().copied().unwrap_or(0);
         let head_dim = n.checked_div(heads).unwrap_or(0);
         let whole = heads.checked_mul(head_dim) == Some(n) && self.shape.len() <= 2;
-        if !whole || rotary_dim > head_dim || rotary_dim % 2 != 0 || self.rows() != n {
+        if !whole || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) || self.rows() != n {
             return Err(self.wrong(&format!(
                 "permute_rope of {heads} heads with {rotary_dim} rotated rows"
             )));
@@ -399,7 +409,7 @@ impl<'a> View<'a> {
                 .rows()
                 .checked_mul(self.columns)
                 .and_then(|n| n.checked_div(columns));
-            let rows = rows.filter(|n| *n <= u32::MAX as usize);
+            let rows = rows.filter(|n| u32::try_from(*n).is_ok());
             let rows = rows.ok_or_else(|| self.wrong(&format!("rows of {columns}")))?;
             return Ok(Self {
                 starts: vec![0, rows],

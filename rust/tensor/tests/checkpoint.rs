@@ -1,4 +1,5 @@
 //! Saved models: what was saved comes back, and what was damaged does not.
+#![allow(clippy::print_stdout, reason = "tests count what they tried")]
 
 mod common;
 

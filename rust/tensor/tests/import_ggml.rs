@@ -13,14 +13,14 @@ fn half(b: &[u8], at: usize) -> f32 {
 
 fn nibble(b: &[u8], at: usize, e: usize, lanes: usize) -> u8 {
     let byte = b[at + e / (2 * lanes) * lanes + e % lanes];
-    if e / lanes % 2 == 0 {
+    if (e / lanes).is_multiple_of(2) {
         byte & 15
     } else {
         byte >> 4
     }
 }
 
-/// Sub-scale and minimum j of Q4_K and Q5_K, whose 12 bytes start at 4.
+/// Sub-scale and minimum j of `Q4_K` and `Q5_K`, whose 12 bytes start at 4.
 fn six(b: &[u8], j: usize) -> (f32, f32) {
     let q = &b[4..16];
     let (s, m) = if j < 4 {

@@ -207,11 +207,12 @@ fn gptq_of_every_width_and_order() {
     }
 }
 
+/// Words of AWQ hold 8 rows; nibble i is row `ORDER[i]`.
+const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
 #[test]
 fn awq_in_its_order() {
     let case = Case::new(4, 24, 128, 64, false, false);
-    // Words of 8 rows; nibble i is row `ORDER[i]`.
-    const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
     let pack = |lines: &[u32]| -> Vec<u8> {
         bytes(
             lines
@@ -308,7 +309,11 @@ fn bitsandbytes_plain_and_nested() {
     let floats = |v: &[f32]| -> Vec<u8> { v.iter().flat_map(|x| x.to_le_bytes()).collect() };
     let value = |i: usize, absmax: &[f32]| {
         let byte = packed[i / 2];
-        map[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })] * absmax[i / block]
+        map[usize::from(if i.is_multiple_of(2) {
+            byte >> 4
+        } else {
+            byte & 15
+        })] * absmax[i / block]
     };
     let state = |extra: &str| {
         format!("{{\"quant_type\":\"nf4\",\"blocksize\":64,\"dtype\":\"bfloat16\",\"shape\":[6,128]{extra}}}").into_bytes()

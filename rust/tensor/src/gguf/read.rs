@@ -1,6 +1,15 @@
 //! Reading the header. Every length is checked against what remains of the file before anything is allocated for it;
 //! tensors must lie one after the other, each padded to the alignment, as ggml writes them and demands them.
 
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
 use super::value::id;
 use super::{
     Array, DEFAULT_ALIGNMENT, GgmlType, Header, MAGIC, MAX_ARRAY, MAX_KEYS, MAX_NESTING, MAX_RANK,
@@ -259,7 +268,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    fn wrong(&self, what: String) -> Error {
+    fn wrong(&self, what: impl std::fmt::Display) -> Error {
         Error::Format(format!(
             "{}: GGUF: {what} (before byte {})",
             self.source.path(),
@@ -310,12 +319,11 @@ impl<'a> Cursor<'a> {
             let from = usize::try_from(c.at.checked_sub(c.window_at)?).ok()?;
             c.window.get(from..)?.first_chunk::<N>().copied()
         };
-        let found = match inside(self) {
-            Some(found) => Some(found),
-            None => {
-                self.fill()?;
-                inside(self)
-            }
+        let found = if let Some(found) = inside(self) {
+            Some(found)
+        } else {
+            self.fill()?;
+            inside(self)
         };
         let found = found.ok_or_else(|| {
             self.wrong(format!("{N} bytes wanted, {} are left", self.remaining()))

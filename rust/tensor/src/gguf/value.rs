@@ -1,5 +1,14 @@
 //! Values of GGUF's metadata, in about the bytes they take in the file.
 
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
 /// A typed value.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the names are the definitions")]

@@ -7,6 +7,9 @@ use super::{Array, DEFAULT_ALIGNMENT, GgmlType, MAGIC, Value};
 use crate::atomic::{self, Out};
 use crate::{Error, Result};
 
+/// Writes the bytes of a tensor.
+type Content<'a> = Box<dyn Fn(&mut Out) -> Result<()> + 'a>;
+
 /// A tensor to be written; its bytes are made when their turn comes.
 pub(crate) struct Planned<'a> {
     pub(crate) name: String,
@@ -14,7 +17,7 @@ pub(crate) struct Planned<'a> {
     pub(crate) shape: Vec<usize>,
     pub(crate) kind: GgmlType,
     /// Puts exactly the bytes that shape and kind want.
-    pub(crate) content: Box<dyn Fn(&mut Out) -> Result<()> + 'a>,
+    pub(crate) content: Content<'a>,
 }
 
 /// Writes a file, whole or not at all.

@@ -3,6 +3,7 @@
 //! Codes lie in bit fields: bits `to..to + width` of element e are in byte `at + e / group * lanes + e % lanes` at shift
 //! `e % group / lanes * width`, where `group = lanes * 8 / width`.
 
+use self::Subs::{HighLow, Nibbles, Signed, Six, SixWithMin};
 use crate::gguf::GgmlType;
 use crate::{Codebook, Offset, SUPER, ScaleType, Scales, SubScale};
 
@@ -24,11 +25,11 @@ enum Subs {
     Nibbles,
     /// Sixteen signed bytes.
     Signed,
-    /// Q3_K: sixteen of 6 bits, less 32, in 12 bytes.
+    /// `Q3_K`: sixteen of 6 bits, less 32, in 12 bytes.
     Six,
-    /// Q4_K and Q5_K: eight of 6 bits and eight minima of 6 bits in 12 bytes.
+    /// `Q4_K` and `Q5_K`: eight of 6 bits and eight minima of 6 bits in 12 bytes.
     SixWithMin,
-    /// IQ4_XS: eight of 6 bits, less 32: two bytes of high bits, four of low ones.
+    /// `IQ4_XS`: eight of 6 bits, less 32: two bytes of high bits, four of low ones.
     HighLow,
 }
 
@@ -112,7 +113,6 @@ impl Format {
             scale: ScaleType::E8M0,
             offset: Offset::None,
         };
-        use Subs::{HighLow, Nibbles, Signed, Six, SixWithMin};
         let (bits, fields, scale_at, min_at, subs, subs_at, scales) = match kind {
             GgmlType::Q4_0 | GgmlType::IQ4_NL => (4, Q4_0, 0, None, Subs::None, 0, none),
             GgmlType::Q4_1 => (4, Q4_1, 0, Some(2), Subs::None, 0, min),
@@ -197,11 +197,18 @@ impl Format {
         }
         if self.bits == 8 {
             // Two's complement in the file; codes are in the order of their values.
-            codes.iter_mut().for_each(|c| *c ^= 0x80);
+            for code in codes.iter_mut() {
+                *code ^= 0x80;
+            }
         }
-        let wide = |at: usize| [bytes[at], bytes[at + 1]];
-        block.scale = wide(self.scale_at);
-        block.min = self.min_at.map_or([0; 2], wide);
+        for (at, two) in [
+            (Some(self.scale_at), &mut block.scale),
+            (self.min_at, &mut block.min),
+        ] {
+            if let Some(at) = at {
+                two.copy_from_slice(&bytes[at..at + 2]);
+            }
+        }
         let (subs, mins) = (&mut block.subs, &mut block.mins);
         let packed = &bytes[self.subs_at..];
         match self.subs {

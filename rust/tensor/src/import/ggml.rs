@@ -77,7 +77,7 @@ pub(crate) fn import_bytes(
     import(&View::of_blocks(kind, rows, inputs, bytes)?, kind, 0)
 }
 
-/// Panels of the view's rows. `special` is set when an MXFP4 scale of 2^-128 or a Q8_0 code of -128 was met.
+/// Panels of the view's rows. `special` is set when an MXFP4 scale of 2^-128 or a `Q8_0` code of -128 was met.
 fn pack(
     view: &View,
     format: &Format,
@@ -206,7 +206,7 @@ pub(crate) fn decode_rows(
     let Codebook::I8(book) = codebook(kind) else {
         return Err(Error::Unsupported(format!("GGUF type {}", kind.name())));
     };
-    if columns % format.elements != 0 {
+    if !columns.is_multiple_of(format.elements) {
         return Err(Error::Argument(format!(
             "rows of {columns} elements of {}, which come in blocks of {}",
             kind.name(),
@@ -298,7 +298,7 @@ pub(crate) fn exact_kind(k: &KTensor) -> Option<GgmlType> {
                         }
                     );
             k.bits() == format.bits
-                && k.inputs() % format.elements == 0
+                && k.inputs().is_multiple_of(format.elements)
                 && *book == own
                 && scales
                 && (0..k.rows()).all(|row| {

@@ -36,7 +36,7 @@ impl Grouped<'_> {
         let blocks = [256, 128, 64, 32, 16];
         let block = blocks
             .into_iter()
-            .find(|b| one_group || self.group % b == 0);
+            .find(|b| one_group || self.group.is_multiple_of(*b));
         let block = block.ok_or_else(|| {
             Error::Unsupported(format!(
                 "{}: groups of {} inputs; a multiple of 16 is wanted",

@@ -130,7 +130,7 @@ fn view<'a>(parts: &Parts<'a>, part: &str, transforms: &[Transform]) -> Result<V
     }
     transforms
         .iter()
-        .try_fold(view, |view, step| view.apply(step))
+        .try_fold(view, super::super::transform::View::apply)
 }
 
 /// The parts of a weight of one dialect.

@@ -24,6 +24,7 @@ from kbit.loading import load
 from kbit.model import Forward, Model
 from kbit.quantizing import BitsPlan, quantize
 from kbit.sampling import Completion, SamplingParams, Timings, TokenLogprob
+from kbit.text import TemplateError, Tokenizer
 
 __version__ = build_info()["version"]
 
@@ -43,8 +44,10 @@ __all__ = [
     "ModelFormatError",
     "SamplingParams",
     "Stream",
+    "TemplateError",
     "Timings",
     "TokenLogprob",
+    "Tokenizer",
     "UnsupportedModelError",
     "__version__",
     "build_info",

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Prompt = str | ArrayLike
 """A text, or a 1-D array of token ids."""
 
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: dicts with a `role` and a `content`."""
+
 
 class Forward(NamedTuple):
     """What one pass over n ids gives, float32."""
@@ -34,7 +37,7 @@ class Forward(NamedTuple):
     logits: NDArray[np.float32]
     """(n, vocab)."""
     hidden_states: list[NDArray[np.float32]]
-    """The embedding and then what each layer leaves, (n, hidden) each; the last one is normalised. Empty unless asked for."""
+    """The embedding, then what each layer leaves, the last one normalised: (n, hidden) each. Empty unless asked for."""
     attentions: list[NDArray[np.float32]]
     """Attention weights of each layer, (heads, n, n). Empty unless asked for."""
 
@@ -224,63 +227,58 @@ class Model:
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         params: SamplingParams | None = None,
         *,
         stream: Literal[False] = False,
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Completion: ...
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         params: SamplingParams | None = None,
         *,
         stream: Literal[True],
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Stream: ...
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         params: SamplingParams | None = None,
         *,
         stream: bool = False,
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Completion | Stream:
-        """Answers a conversation, written with the chat template of the model.
+        """Answers a conversation, written by the chat template of the model.
+
+        A model without a template reads the plain format: `User: hi`, a blank line, `Assistant:`; its answer ends
+        before the next `User:`. Control tokens in messages are text.
 
         Args:
             messages: `{"role": "user", "content": "hi"}` and so on.
             params: How to sample; None takes `defaults`.
             stream: True returns a `Stream`.
-            tools: Passed to the template.
-            documents: Passed to the template.
+            tools: JSON schemas of functions, for the template.
+            documents: Texts, for the template.
+            template: Name of one of the model's templates, or a source.
+            variables: More names for the template, such as `{"enable_thinking": False}`.
             **sampling: Fields of `SamplingParams` that replace those of `params`.
 
         Raises:
-            ModelFormatError: The template cannot be rendered.
+            TemplateError: The template fails, refuses the conversation, or goes beyond its bounds.
+            ValueError: As for `generate`.
         """
-        ids, stop = self.chat_prompt(messages, tools=tools, documents=documents)
+        prompt = self.tokenizer.chat(
+            messages, tools=tools, documents=documents, template=template, **(variables or {})
+        )
         params = self._params(params, sampling)
-        params = params.replace(stop=(*params.stop, *stop))
-        return self.stream(ids, params) if stream else self.generate(ids, params)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-    ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
-        """The ids that `chat` gives to the model, and the stop strings that belong to them."""
-        prompt = self.tokenizer.chat(messages, tools=tools, documents=documents)
-        return prompt.ids, prompt.stop
+        params = params.replace(stop=(*params.stop, *prompt.stop))
+        return self.stream(prompt.ids, params) if stream else self.generate(prompt.ids, params)
 
     def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any
@@ -295,19 +293,11 @@ class Model:
         return await self.astream(prompt, params, **sampling).result()
 
     async def achat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-        **sampling: Any,
+        self, messages: Messages, params: SamplingParams | None = None, **options: Any
     ) -> Completion:
         """As `chat`, for asyncio; cancelling the task ends it."""
         return await AsyncStream(
-            lambda: self.chat(
-                messages, params, stream=True, tools=tools, documents=documents, **sampling
-            )
+            lambda: self.chat(messages, params, stream=True, **options)
         ).result()
 
     def _params(self, params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:

@@ -42,7 +42,13 @@ def add(commands: Commands) -> None:
     )
     model_and(parser, "text", "UTF-8 file; - reads standard input")
     parser.add_argument(
-        "--bits", type=bits_argument, nargs="+", default=[], metavar="K", help="widths to compare"
+        "--bits",
+        dest="widths",
+        type=bits_argument,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="widths to compare",
     )
     parser.add_argument(
         "--window", type=positive, default=WINDOW, metavar="N",
@@ -62,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         exact: dict[str, Any] = options | {"activations": "f32", "kv": args.kv or "f32"}
         reference = stack.enter_context(load(args.model, dtype=args.dtype, **exact))
-        models = [stack.enter_context(load(args.model, bits=k, **options)) for k in args.bits]
+        models = [stack.enter_context(load(args.model, bits=k, **options)) for k in args.widths]
         ids = reference.tokenize(text, add_special_tokens=False)[: args.limit]
         rows = compare(reference, models, ids, args.window)
-    names = ["as stored", *map(_name, args.bits)]
+    names = ["as stored", *map(_name, args.widths)]
     if args.json:
         found = [{"bits": n} | dataclasses.asdict(r) for n, r in zip(names, rows, strict=True)]
         print_json({"model": reference.name, "window": args.window, "rows": found})

@@ -46,6 +46,20 @@ def gpu_adapters() -> list[str]:
 def default_threads() -> int:
     """Threads used when none are asked for: ``KBIT_NUM_THREADS``, then the cores this process may use."""
 
+def limits(*, threads: int = 0, nbytes: int = 1 << 30, runs: int = 3) -> dict[str, float]:
+    """What this machine can do at most, measured now: ``read_bytes_per_second`` of memory, ``int8_operations_per_second``
+    (a multiply and an add count two), and the ``threads`` that took part.
+
+    Args:
+        threads: 0 for `default_threads`.
+        nbytes: Memory to read; more than the caches hold.
+        runs: The best of so many counts.
+
+    Raises:
+        ValueError: Nothing to measure.
+        MemoryBudgetError: No room for `nbytes`.
+    """
+
 @final
 class TensorFile:
     """A safetensors or GGUF file (told by its first bytes), opened and validated; tensors are read on demand.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from typing import Any
 
 import numpy as np
 
+from kbit import _core
 from kbit.cli.common import (
     Commands,
     UsageError,
@@ -42,6 +44,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="requests side by side"
     )
+    parser.add_argument(
+        "--limits", action="store_true", help="also measure what the machine can do, for comparison"
+    )
     add_model_options(parser)
 
 
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             decode.append(
                 sum(t.new_tokens - 1 for t in times) / max(t.decode_seconds for t in times)
             )
-        report = {
+        report: dict[str, Any] = {
             "model": model.name,
             "bits_per_weight": model.bits_per_weight,
             "weight_bytes": model.nbytes,
@@ -88,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
             },
             "decode_tokens_per_second": {"best": max(decode), "median": statistics.median(decode)},
         }
+        if args.limits:
+            report["limits"] = _core.limits(threads=model.engine.threads)
         if args.json:
             print_json(report)
             return 0
@@ -98,4 +105,10 @@ def run(args: argparse.Namespace) -> int:
         print(table(rows))
         read = model.nbytes * max(decode) / args.batch
         print(f"decoding reads {read / 1e9:,.2f} GB/s of weights")
+        if args.limits:
+            most = report["limits"]["read_bytes_per_second"]
+            print(f"memory is read at {most / 1e9:,.2f} GB/s: decoding reaches {read / most:.0%}")
+            peak = report["limits"]["int8_operations_per_second"]
+            done = 2 * model.num_parameters * max(prefill)
+            print(f"int8 peaks at {peak / 1e12:,.2f} TOPS: prefill reaches {done / peak:.0%}")
     return 0

@@ -37,6 +37,33 @@ pub(crate) fn build_info() -> BTreeMap<&'static str, &'static str> {
 }
 
 #[pyfunction]
+#[pyo3(signature = (*, threads = 0, nbytes = 1 << 30, runs = 3))]
+pub(crate) fn limits(
+    py: Python<'_>,
+    threads: usize,
+    nbytes: usize,
+    runs: usize,
+) -> PyResult<BTreeMap<&'static str, f64>> {
+    let threads = if threads == 0 {
+        default_threads()?
+    } else {
+        threads
+    };
+    guard(|| {
+        let isa = kbit_simd::Isa::chosen()
+            .map_err(|e| raise(kbit_tensor::Error::Device(e.to_string())))?;
+        let found = py
+            .detach(|| kbit_cpu::limits::measure(isa, threads, nbytes, runs))
+            .map_err(raise)?;
+        Ok(BTreeMap::from([
+            ("threads", found.threads as f64),
+            ("read_bytes_per_second", found.read() * 1e9),
+            ("int8_operations_per_second", found.int8 * 1e12),
+        ]))
+    })
+}
+
+#[pyfunction]
 pub(crate) fn gpu_adapters(py: Python<'_>) -> PyResult<Vec<String>> {
     #[cfg(feature = "gpu")]
     return guard(|| Ok(py.detach(kbit_gpu::adapters)));

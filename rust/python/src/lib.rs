@@ -24,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use crate::formats::{load_packed, save_gguf};
     #[pymodule_export]
-    use crate::info::{build_info, default_threads, gpu_adapters, isa, isas};
+    use crate::info::{build_info, default_threads, gpu_adapters, isa, isas, limits};
     #[pymodule_export]
     use crate::weight::{Weight, load_weight, open_checkpoint, quantize, save_checkpoint};
 

@@ -58,6 +58,10 @@ def weights(*, tied=False, seed=0):
     return tensors
 
 
+NAMES = {"int32": "I32", "float16": "F16", "float32": "F32", "uint8": "F8_E4M3", "int8": "I8"}
+"""Of NumPy's dtypes in the container; a uint8 stands for the bits of an fp8."""
+
+
 def encode(array, dtype):
     """Bytes of a float32 array whose values `dtype` holds exactly."""
     if dtype == "BF16":
@@ -70,9 +74,10 @@ def write_safetensors(path, tensors, dtype="F32", metadata=None):
     header = {"__metadata__": metadata} if metadata else {}
     blobs, at = [], 0
     for name, array in tensors.items():
-        blob = encode(array, dtype)
+        own = array.dtype != np.float32
+        blob = array.tobytes() if own else encode(array, dtype)
         header[name] = {
-            "dtype": dtype,
+            "dtype": NAMES[array.dtype.name] if own else dtype,
             "shape": list(array.shape),
             "data_offsets": [at, at + len(blob)],
         }

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from kbit import _core, archs, checkpoint, hub
+from kbit import _core, archs, checkpoint, dialects, hub
 from kbit._core import Engine, MemoryBudgetError, ModelFormatError, Weight
 from kbit.checkpoint import Source
+from kbit.dialects import Stored
 from kbit.model import Model
 from kbit.progress import Progress
 from kbit.quantizing import Bits, BitsPlan
@@ -120,6 +121,7 @@ def load_options(options: Options) -> Model:
     """As `load`, from its arguments in one piece (a model pickles as these)."""
     plan = BitsPlan(options.bits, options.dtype)
     budget = parse_bytes(options.memory)
+    _core.isa()  # a KBIT_ISA that this processor lacks is no reason to read gigabytes first
     source = checkpoint.open_source(locate(options))
     description = describe(source, strict=options.strict)
     spec = description.spec
@@ -244,27 +246,23 @@ def _read(
 ) -> dict[str, Weight]:
     """All weights by canonical name, each quantised as soon as it is read."""
     assert description.found is not None
-    tensors = source.tensors()
-    sources = description.found.sources(tensors)
+    stored = stored_weights(source, description)
+    sources = description.found.sources(stored)
     tied = "head.weight" not in sources
     weights: dict[str, Weight] = {}
-    total = sum(tensors[s.tensor].nbytes(s.tensor) for s in sources.values())
+    total = sum(stored[one.tensor].nbytes for one in sources.values())
     used = 0
     names: set[str] = set()
     label = "loading" if options.bits is None else "quantising"
     with Progress(label, total) as progress:
         for canonical, one in sources.items():
-            file = tensors[one.tensor]
+            here = stored[one.tensor]
             names |= {canonical, one.tensor}
             storage = plan.storage(
-                canonical,
-                [one.tensor],
-                file.shape(one.tensor),
-                tied=tied and canonical == "embed.weight",
+                canonical, [one.tensor], here.shape, tied=tied and canonical == "embed.weight"
             )
-            weight = _core.load_weight(
-                [(file, one.tensor)],
-                transforms=one.transforms,
+            weight = here.load(
+                one.transforms,
                 bits=storage.bits,
                 dtype=storage.dtype,
                 threads=options.threads or 0,
@@ -275,9 +273,23 @@ def _read(
                 raise MemoryBudgetError(
                     f"{len(weights)} of {len(sources)} weights take {used} bytes, memory allows {budget}"
                 )
-            progress.advance(file.nbytes(one.tensor))
+            progress.advance(here.nbytes)
     plan.check_used(names)
     return weights
+
+
+def stored_weights(source: Source, description: Description) -> dict[str, Stored]:
+    """The weights of a source under the names its architecture knows, packed ones as one.
+
+    Raises:
+        ModelFormatError: A tensor in two files, or a wrong `quantization_config`.
+        UnsupportedModelError: A way of packing that kbit does not read.
+    """
+    quantization: dict[str, Any] = {}
+    if not source.is_gguf:
+        beside = read_json(source.directory / "quantize_config.json")
+        quantization = dialects.quantization_config(description.config, beside)
+    return dialects.group(source.tensors(), quantization)
 
 
 def _read_saved(source: Source, options: Options) -> dict[str, Weight]:

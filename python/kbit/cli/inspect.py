@@ -91,7 +91,7 @@ def describe(source: Source, context: int | None) -> dict[str, Any]:
     try:
         found = loading.describe(source)
         if found.found is not None:
-            found.found.sources(tensors)
+            found.found.sources(loading.stored_weights(source, found))
     except KbitError as error:
         return report | {"runs": f"no: {error}"}
     spec = found.spec

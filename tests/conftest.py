@@ -11,6 +11,8 @@ import kbit
 REPO = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("KBIT_SHARED", REPO.parent / "shared"))
 
+collect_ignore_glob = ["golden/*"]  # makes the goldens, with torch
+
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile(
     "ci",

@@ -322,6 +322,12 @@ def test_context_out_of_range(plain, context):
         kbit.load(plain, context=context)
 
 
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_threads_out_of_range(plain, threads):
+    with pytest.raises(ValueError, match=rf"threads = {threads} is not in 1\.\.1024"):
+        kbit.load(plain, threads=threads)
+
+
 @pytest.mark.parametrize(
     "options", [{"kv": "f8"}, {"activations": "int4"}, {"device": "tpu"}, {"dtype": "f64"}]
 )

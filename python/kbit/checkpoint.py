@@ -25,7 +25,8 @@ GGUF_TOKENIZER = "tokenizer.gguf.json"
 """The tokenizer keys of a GGUF file, in a directory saved from one."""
 
 _TEXT_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", GGUF_TOKENIZER,
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "spiece.model",
+    "added_tokens.json", GGUF_TOKENIZER,
     "chat_template.jinja", "additional_chat_templates", "generation_config.json",
 )  # fmt: skip
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

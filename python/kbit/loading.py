@@ -25,6 +25,8 @@ from kbit.text.hf_json import read_json
 BUNDLED = Path(__file__).parent / "models" / "stories"
 """The model that `load()` takes when it is given no name."""
 
+MAX_THREADS = 1024
+
 log = logging.getLogger("kbit")
 
 
@@ -121,6 +123,8 @@ def load_options(options: Options) -> Model:
     """As `load`, from its arguments in one piece (a model pickles as these)."""
     plan = BitsPlan(options.bits, options.dtype)
     budget = parse_bytes(options.memory)
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise ValueError(f"threads = {options.threads} is not in 1..{MAX_THREADS}")
     _core.isa()  # a KBIT_ISA that this processor lacks is no reason to read gigabytes first
     source = checkpoint.open_source(locate(options))
     description = describe(source, strict=options.strict)
@@ -314,7 +318,8 @@ def load_tokenizer(source: Source) -> Tokenizer | None:
     if keys is not None:
         return Tokenizer.from_gguf(keys)
     if not any(
-        (source.directory / file).exists() for file in ("tokenizer.json", "tokenizer.model")
+        (source.directory / file).exists()
+        for file in ("tokenizer.json", "tokenizer.model", "spiece.model")
     ):
         return None
     return Tokenizer.from_dir(source.directory)

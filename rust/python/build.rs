@@ -20,7 +20,13 @@ fn main() {
         rustc.unwrap_or_else(|| "unknown".into())
     );
     println!("cargo::rustc-env=KBIT_TARGET={}", fact("TARGET"));
-    println!("cargo::rustc-env=KBIT_PROFILE={}", fact("PROFILE"));
+    // PROFILE only tells release from debug; OUT_DIR is .../<profile>/build/<package>/out.
+    let out = std::path::PathBuf::from(fact("OUT_DIR"));
+    let profile = out.ancestors().nth(3).and_then(std::path::Path::file_name);
+    let profile = profile
+        .and_then(std::ffi::OsStr::to_str)
+        .unwrap_or("unknown");
+    println!("cargo::rustc-env=KBIT_PROFILE={profile}");
     println!("cargo::rerun-if-env-changed=KBIT_COMMIT");
     println!("cargo::rerun-if-changed=build.rs");
     // The commit moves with HEAD and with the branch it points to; a worktree or an sdist has no such folder here.

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "gpu_adapters": ", ".join(_core.gpu_adapters()) or "none",
         "environment": {
             name: os.environ[name]
-            for name in ("KBIT_ISA", "KBIT_NUM_THREADS", "KBIT_DEVICE", "KBIT_CACHE", "KBIT_LOG")
+            for name in ("KBIT_ISA", "KBIT_NUM_THREADS", "KBIT_DEVICE", "KBIT_LOG")
             if name in os.environ
         },
     }

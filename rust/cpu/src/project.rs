@@ -1,0 +1,174 @@
+//! Matrices of an operation with their epilogue, cut into work items.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch};
+use kbit_tensor::ROWS;
+use kbit_tensor::program::Epilogue;
+
+use crate::activation::{finish, gate, is_gated};
+use crate::acts::Acts;
+use crate::linear::Matrix;
+use crate::norm::{load, store};
+
+/// Bytes of weights that an item reads at least, where there is enough work.
+const ITEM_BYTES: usize = 48 << 10;
+/// Items a thread should have at least.
+const ITEMS: usize = 8;
+/// Tokens from which an item is one panel: there is enough to do.
+const MANY: usize = 32;
+
+/// One matrix of a projection.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) matrix: Arc<Matrix>,
+    /// (`out_features`,).
+    pub(crate) bias: Option<Vec<f32>>,
+    /// Which activations it reads.
+    pub(crate) acts: usize,
+}
+
+/// Matrices that share their input, and what happens to their outputs.
+#[derive(Debug)]
+pub(crate) struct Projection {
+    pub(crate) parts: Vec<Part>,
+    pub(crate) epilogue: Epilogue,
+}
+
+/// Where outputs go: row t starts at `at + t * stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    pub(crate) at: *mut f32,
+    pub(crate) stride: usize,
+}
+
+impl Projection {
+    /// Panels of an item of part `part`.
+    fn group(&self, part: usize, tokens: usize, threads: usize) -> usize {
+        let matrix = &self.parts[part].matrix;
+        let panels = matrix.panels();
+        if tokens >= MANY {
+            return 1;
+        }
+        let bytes = (matrix.nbytes() / panels).max(1);
+        (ITEM_BYTES / bytes).clamp(1, (panels / (threads * ITEMS)).max(1))
+    }
+
+    /// Parts that give outputs side by side: a gate and its up matrix count as one.
+    fn columns(&self) -> usize {
+        if is_gated(self.epilogue) { 1 } else { self.parts.len() }
+    }
+
+    /// Number of work items.
+    pub(crate) fn items(&self, tokens: usize, threads: usize) -> usize {
+        let items = |p: usize| self.parts[p].matrix.panels().div_ceil(self.group(p, tokens, threads));
+        (0..self.columns()).map(items).sum()
+    }
+
+    /// Which part, panels and output column an item is.
+    fn locate(&self, mut item: usize, tokens: usize, threads: usize) -> (usize, Range<usize>, usize) {
+        let mut column = 0;
+        for part in 0..self.columns() {
+            let (panels, group) = (self.parts[part].matrix.panels(), self.group(part, tokens, threads));
+            let items = panels.div_ceil(group);
+            if item < items {
+                return (part, item * group..panels.min((item + 1) * group), column);
+            }
+            item -= items;
+            column += self.parts[part].matrix.rows();
+        }
+        (0, 0..0, 0)
+    }
+
+    /// Output columns of an item.
+    pub(crate) fn span(&self, item: usize, tokens: usize, threads: usize) -> Range<usize> {
+        let (part, panels, column) = self.locate(item, tokens, threads);
+        column + panels.start * ROWS..column + self.parts[part].matrix.rows().min(panels.end * ROWS)
+    }
+
+    /// Computes one item for all tokens of the activations.
+    ///
+    /// # Safety
+    /// `acts` gives filled activations of the same number of tokens; `to` has a row of all outputs for each, of which no
+    /// other thread touches this item's columns.
+    pub(crate) unsafe fn item<'a>(
+        &self,
+        isa: Isa,
+        item: usize,
+        threads: usize,
+        acts: impl Fn(usize) -> &'a Acts,
+        to: Target,
+        scratch: &mut Vec<f32>,
+    ) {
+        let tokens = acts(self.parts[0].acts).tokens();
+        let (first, panels, column) = self.locate(item, tokens, threads);
+        let part = &self.parts[first];
+        let rows = panels.start * ROWS..part.matrix.rows().min(panels.end * ROWS);
+        let column = column + rows.start;
+        if self.epilogue == Epilogue::Store && part.bias.is_none() {
+            // SAFETY: the columns of this item start `rows.start` after the part's first.
+            unsafe { part.matrix.run(acts(part.acts), panels, to.at.add(column).sub(rows.start), to.stride) };
+            return;
+        }
+        let width = panels.len() * ROWS;
+        let gated = is_gated(self.epilogue);
+        scratch.resize(tokens * width * if gated { 2 } else { 1 }, 0.0);
+        let mut compute = |p: usize| {
+            let part = &self.parts[first + p];
+            let at = scratch[p * tokens * width..].as_mut_ptr();
+            // SAFETY: the scratch holds `tokens` rows of `width` for each part; the kernel writes at feature numbers,
+            // which start at `rows.start`.
+            unsafe { part.matrix.run(acts(part.acts), panels.clone(), at.wrapping_sub(rows.start), width) };
+        };
+        compute(0);
+        if gated {
+            compute(1);
+        }
+        let (y, up) = scratch.split_at(tokens * width);
+        let bias = |p: usize| self.parts[first + p].bias.as_ref().map(|b| &b[rows.clone()]);
+        let (bias, up_bias) = (bias(0), if gated { bias(1) } else { None });
+        dispatch(isa, Apply { epilogue: self.epilogue, tokens, n: rows.len(), width, y, up, bias, up_bias, column, to });
+    }
+}
+
+/// Epilogue of an item: `y` (and `up`), (tokens, width) of which `n` columns count, into `to` from `column` on.
+struct Apply<'a> {
+    epilogue: Epilogue,
+    tokens: usize,
+    n: usize,
+    width: usize,
+    y: &'a [f32],
+    up: &'a [f32],
+    bias: Option<&'a [f32]>,
+    up_bias: Option<&'a [f32]>,
+    column: usize,
+    to: Target,
+}
+
+impl SimdOp for Apply<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let biased = |y: &[f32], bias: Option<&[f32]>, at: usize| {
+            let v = load(s, y);
+            bias.map_or(v, |b| s.add(v, load(s, &b[at..at + y.len()])))
+        };
+        for token in 0..self.tokens {
+            let row = token * self.width;
+            // SAFETY: `Projection::item`'s caller gives this thread these columns.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.to.at.add(token * self.to.stride + self.column), self.n) };
+            for (i, out) in out.chunks_mut(LANES).enumerate() {
+                let at = i * LANES;
+                let here = row + at..row + at + out.len();
+                let y = biased(&self.y[here.clone()], self.bias, at);
+                let v = if is_gated(self.epilogue) {
+                    gate(s, self.epilogue, y, biased(&self.up[here], self.up_bias, at))
+                } else {
+                    finish(s, self.epilogue, y, || load(s, out))
+                };
+                store(s, v, out);
+            }
+        }
+    }
+}

@@ -18,6 +18,7 @@ mod attention;
 mod buffers;
 mod cache;
 mod embed;
+mod matmul;
 mod experts;
 mod head;
 pub mod limits;
@@ -39,6 +40,7 @@ use kbit_simd::Isa;
 use kbit_tensor::program::{Device, Options, Program, Runner};
 use kbit_tensor::{Error, Result, Weight};
 
+pub use matmul::matmul;
 pub use pool::{MAX_THREADS, default_threads};
 pub use runner::CpuRunner;
 

@@ -25,10 +25,10 @@ pub(crate) struct Engine {
 /// The device of that name.
 fn device(name: &str) -> PyResult<Box<dyn Device>> {
     match name {
-        // The CPU device stands behind "cpu" as soon as it is there.
-        "cpu" | "reference" => Ok(Box::new(kbit_model::Reference)),
+        "cpu" => Ok(Box::new(kbit_cpu::Cpu::new().map_err(raise)?)),
+        "reference" => Ok(Box::new(kbit_model::Reference)),
         other => Err(raise(Error::Device(format!(
-            "device '{other}': this build has 'reference'"
+            "device '{other}': this build has 'cpu' and 'reference'"
         )))),
     }
 }
@@ -219,6 +219,15 @@ impl Engine {
             ("running", s.running as f64),
             ("waiting", s.waiting as f64),
         ])
+    }
+
+    /// The kernels of the CPU device count for all engines together.
+    fn trace(&self, on: bool) -> PyResult<BTreeMap<String, u64>> {
+        guard(|| {
+            let seen = kbit_cpu::linear::trace::seen();
+            kbit_cpu::linear::trace::enable(on);
+            Ok(seen)
+        })
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

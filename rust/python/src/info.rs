@@ -16,7 +16,7 @@ pub(crate) fn isas() -> Vec<&'static str> {
 
 #[pyfunction]
 pub(crate) fn isa() -> PyResult<&'static str> {
-    let wrong = |e: kbit_simd::IsaError| raise(kbit_tensor::Error::Device(e.to_string()));
+    let wrong = |e: kbit_simd::IsaError| raise(kbit_tensor::Error::Argument(e.to_string()));
     guard(|| {
         kbit_simd::Isa::chosen()
             .map(kbit_simd::Isa::name)
@@ -73,5 +73,5 @@ pub(crate) fn gpu_adapters(py: Python<'_>) -> PyResult<Vec<String>> {
 
 #[pyfunction]
 pub(crate) fn default_threads() -> PyResult<usize> {
-    Ok(std::thread::available_parallelism().map_or(1, usize::from))
+    guard(|| kbit_cpu::default_threads().map_err(raise))
 }

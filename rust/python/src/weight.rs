@@ -158,6 +158,27 @@ impl Weight {
         shaped(py, copy, &[n])
     }
 
+    #[pyo3(signature = (x, *, activations = "int8", threads = 0))]
+    fn matmul<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyReadonlyArray2<'_, f32>,
+        activations: &str,
+        threads: usize,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (tokens, inputs) = x.as_array().dim();
+        let (weight, activations) = (
+            self.weight.clone(),
+            crate::engine::activations(activations)?,
+        );
+        let x = owned(&x);
+        let y = interruptible(py, move |cancel| {
+            kbit_cpu::matmul(&weight, &x, inputs, activations, threads, cancel)
+        })?;
+        let rows = y.len() / tokens.max(1);
+        shaped(py, y, &[tokens, rows])
+    }
+
     fn __repr__(&self) -> String {
         format!(
             "Weight({:?}, {}, {:.3} bits per weight)",
@@ -257,6 +278,14 @@ fn codebook_format(name: &str) -> PyResult<CodebookFormat> {
     }
 }
 
+/// A copy, row-major. A slice is the fast way; other layouts go element by element.
+fn owned(array: &PyReadonlyArray2<'_, f32>) -> Vec<f32> {
+    match array.as_slice() {
+        Ok(values) => values.to_vec(),
+        Err(_) => array.as_array().iter().copied().collect(),
+    }
+}
+
 /// Stops a row reader when the caller has gone.
 fn unless(cancel: &AtomicBool) -> kbit_tensor::Result<()> {
     if cancel.load(Ordering::Acquire) {
@@ -279,11 +308,7 @@ pub(crate) fn quantize(
 ) -> PyResult<Weight> {
     let format = codebook_format(format)?;
     let (rows, inputs) = array.as_array().dim();
-    // The slice is the fast way; other layouts go element by element.
-    let values = match array.as_slice() {
-        Ok(values) => values.to_vec(),
-        Err(_) => array.as_array().iter().copied().collect(),
-    };
+    let values = owned(&array);
     let importance: Option<Vec<f32>> = importance.map(|i| i.as_array().iter().copied().collect());
     let k = interruptible(py, move |cancel| {
         let options = QuantizeOptions {

@@ -10,6 +10,7 @@
 )]
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -314,12 +315,12 @@ impl Source {
         let file = File::open(path).map_err(io)?;
         let meta = file.metadata().map_err(io)?;
         if !meta.is_file() {
-            let kind = if meta.is_dir() {
-                "a directory"
+            let (kind, what) = if meta.is_dir() {
+                (ErrorKind::IsADirectory, "a directory")
             } else {
-                "no regular file"
+                (ErrorKind::InvalidInput, "no regular file")
             };
-            let error = std::io::Error::new(std::io::ErrorKind::InvalidInput, kind);
+            let error = std::io::Error::new(kind, what);
             return Err(Error::io(path, error));
         }
         Ok(Self {

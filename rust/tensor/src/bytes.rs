@@ -6,6 +6,9 @@ use std::ptr::NonNull;
 
 use crate::{Error, Result};
 
+/// Bytes of a huge page.
+const HUGE: usize = 2 << 20;
+
 /// Owned bytes, 64-byte aligned, in huge pages where large enough and granted. `Arc<Bytes>` is what tensors share.
 pub struct Bytes {
     at: NonNull<u8>,
@@ -15,7 +18,7 @@ pub struct Bytes {
 
 enum Owner {
     Allocated(Layout),
-    /// Pages of a file; unmapped when dropped.
+    /// Pages, of a file or nobody else's; unmapped when dropped.
     Mapped(#[allow(dead_code, reason = "held for its Drop")] memmap2::MmapMut),
 }
 
@@ -26,12 +29,25 @@ impl Bytes {
     /// # Errors
     /// [`Error::Memory`] with the size asked for; never aborts the process.
     pub fn zeroed(len: usize) -> Result<Self> {
-        let align = if len >= 4 << 20 { 2 << 20 } else { 64 };
         let refuse = || Error::Memory(format!("cannot allocate {len} bytes"));
-        let layout = Layout::from_size_align(len.max(1), align).map_err(|_| refuse())?;
+        if len >= 2 * HUGE {
+            return Self::pages(len).ok_or_else(refuse);
+        }
+        let layout = Layout::from_size_align(len.max(1), 64).map_err(|_| refuse())?;
         // SAFETY: the layout has a size of at least 1.
         let at = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(refuse)?;
         Ok(Self { at, len, owner: Owner::Allocated(layout) })
+    }
+
+    /// Zeroed bytes in pages of their own: they are not touched here, so that whoever fills them pays for a page once.
+    fn pages(len: usize) -> Option<Self> {
+        let mut map = memmap2::MmapMut::map_anon(len.checked_add(HUGE)?).ok()?;
+        // A system without huge pages says no, and gives small ones.
+        #[cfg(target_os = "linux")]
+        map.advise(memmap2::Advice::HugePage).ok();
+        let start = map.as_ptr().align_offset(HUGE);
+        let at = NonNull::new(map.get_mut(start..)?.get_mut(..len)?.as_mut_ptr())?;
+        Some(Self { at, len, owner: Owner::Mapped(map) })
     }
 
     /// The pages of a file, shared with other processes until written to (writes stay private).

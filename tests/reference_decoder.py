@@ -81,10 +81,10 @@ class ReferenceDecoder:
         # A few hundred queries at a time: a long sequence's whole square would fill the memory.
         out, kept = np.empty_like(q), []
         for start in range(0, n, 512):
-            rows = slice(start, start + 512)
-            weights = self.probabilities(q[rows], k, start, layer, sinks)
-            out[rows] = np.einsum("hqk,khd->qhd", weights, v)
-            kept.append(weights if n <= 1024 else weights[:, :0])
+            rows, past = slice(start, start + 512), slice(0, start + 512)
+            weights = self.probabilities(q[rows], k[past], start, layer, sinks)
+            out[rows] = np.einsum("hqk,khd->qhd", weights, v[past])
+            kept.append(weights if n <= 512 else weights[:, :0, :0])
         return self.linear(out.reshape(n, heads * dim), f"{name}.o"), np.concatenate(kept, axis=1)
 
     def probabilities(self, q, k, start, layer, sinks):

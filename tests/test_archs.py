@@ -296,6 +296,16 @@ def test_both_spellings_are_one_spec(case):
     assert archs.describe(old, strict=True).spec == archs.describe(config, strict=True).spec
 
 
+@pytest.mark.parametrize(
+    "case", ["qwen2", "qwen3", "gemma2", "smollm3", "gpt_oss", "exaone4", "long_window"]
+)
+def test_layer_types_have_the_default_of_transformers(case):
+    config = Golden(case).config
+    assert ("layer_types" in config) is (case != "long_window")
+    bare = {key: value for key, value in config.items() if key != "layer_types"}
+    assert archs.describe(bare).spec == archs.describe(config).spec
+
+
 HOSTILE = [
     0, -1, 1, 2**31, 2**63, 10**9, 10**30, -(2**63), 0.5, -0.0, 1e-30, 1e308, math.inf, -math.inf, math.nan,
     "", "4", "silu", True, False, None, [], [1], [[]], {}, {"factor": 2}, [None] * 4, "x" * 10_000,
@@ -346,6 +356,25 @@ def test_unread_keys():
         archs.describe({**config, "surprise": 1}, strict=True)
     with pytest.raises(ModelFormatError, match="two names"):
         archs.describe({**config, "n_embd": 65})
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "given", "original", "expected"),
+    [
+        ("yarn", 4.0, 32768, 32768, 131072),
+        ("yarn", 4.0, 131072, 32768, 131072),
+        ("dynamic", 2.5, 4096, None, 10240),
+        ("linear", 4.0, 4096, None, 4096),
+        ("dynamic", 1e30, 4096, None, 2**31 - 1),
+    ],
+)
+def test_positions_after_scaling(kind, factor, given, original, expected):
+    scaling = {"rope_type": kind, "factor": factor, "rope_theta": 1e4}
+    if original:
+        scaling["original_max_position_embeddings"] = original
+    config = Golden("llama").config
+    config |= {"rope_parameters": scaling, "max_position_embeddings": given}
+    assert archs.describe(config).spec.max_position_embeddings == expected
 
 
 def test_unknown_architectures_name_the_nearest():

@@ -78,10 +78,13 @@ def with_layers(spec: ModelSpec, **columns: Sequence[Any]) -> ModelSpec:
 
 
 def _positions(config: Config, ropes: Sequence[RopeSpec]) -> int:
-    """Positions a model accepts; dynamic scaling names the context before it."""
-    given = config.integer("max_position_embeddings")
-    stretch = [rope.factor for rope in ropes if rope.rope_type == "dynamic" and rope.factor]
-    return int(min(given * max([1.0, *stretch]), 2**31 - 1))
+    """Positions a model accepts: dynamic and YaRN configs may name the context before scaling."""
+    most = float(config.integer("max_position_embeddings"))
+    for rope in ropes:
+        if rope.rope_type in ("dynamic", "yarn"):
+            original = rope.original_max_position_embeddings or 0
+            most = max(most, original * (rope.factor or 1.0))
+    return int(min(most, 2**31 - 1))
 
 
 def _check(spec: ModelSpec) -> None:

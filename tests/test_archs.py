@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -489,6 +490,15 @@ specs = st.builds(
 @given(spec=specs)
 def test_a_spec_survives_json(spec):
     assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_the_specs_that_rust_reads_back_are_current():
+    path = GOLDEN / "specs.json"
+    lines = [archs.describe(Golden(case).config).spec.to_json() for case in CASES]
+    text = "[\n" + ",\n".join(lines) + "\n]\n"
+    if "KBIT_WRITE_SPECS" in os.environ:
+        path.write_text(text)
+    assert path.read_text() == text
 
 
 @given(spec=specs, data=st.data())

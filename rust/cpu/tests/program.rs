@@ -119,8 +119,8 @@ fn model(name: &'static str, spec: Value, extra: &[&str], bits: impl Fn(&str) ->
         let values = r.vector(n, if shape.len() == 2 { 0.25 } else { 0.4 }, if norm { 1.0 } else { 0.0 });
         match bits(full).filter(|_| shape.len() == 2 && part != "positions") {
             Some(bits) => {
-                let options = kbit_tensor::quantize::QuantizeOptions::new(bits);
-                Weight::Quantised(kbit_tensor::quantize::quantize(&values, shape[0], shape[1], None, &options).expect("quantises"))
+                let options = kbit_tensor::QuantizeOptions::new(bits);
+                Weight::Quantised(kbit_tensor::quantize(&values, shape[0], shape[1], &options).expect("quantises"))
             }
             None => Weight::Dense(Tensor::from_f32(&shape, &values).expect("room")),
         }
@@ -371,7 +371,7 @@ fn weights_that_do_not_fit_are_named() {
     let device = Cpu::new().expect("available");
     match device.prepare(model.program.clone(), weights, Options::default()).map(|_| ()) {
         Err(Error::Format(text)) => {
-            assert!(text.contains("layers.1.mlp.down.weight") && text.contains("[7, 3]") && text.contains("96"), "{text}");
+            assert!(text.contains("layers.1.mlp.down.weight") && text.contains("[7, 3]") && text.contains("160"), "{text}");
         }
         other => panic!("{other:?}"),
     }

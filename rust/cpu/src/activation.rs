@@ -30,7 +30,10 @@ pub(crate) fn gate<S: Simd>(s: S, epilogue: Epilogue, gate: S::F32, up: S::F32) 
             let (low, high, one) = (s.splat(-limit), s.splat(limit), s.splat(1.0));
             let g = s.min(high, gate);
             let u = s.min(high, s.max(low, up));
-            s.mul(s.mul(g, math::sigmoid(s, s.mul(s.splat(alpha), g))), s.add(u, one))
+            s.mul(
+                s.mul(g, math::sigmoid(s, s.mul(s.splat(alpha), g))),
+                s.add(u, one),
+            )
         }
         Epilogue::Gated(act) => s.mul(activate(s, act, gate), up),
         _ => up,
@@ -39,7 +42,12 @@ pub(crate) fn gate<S: Simd>(s: S, epilogue: Epilogue, gate: S::F32, up: S::F32) 
 
 /// `y` to an output whose old value is `old` (looked at by [`Epilogue::AddTo`] only).
 #[inline(always)]
-pub(crate) fn finish<S: Simd>(s: S, epilogue: Epilogue, y: S::F32, old: impl FnOnce() -> S::F32) -> S::F32 {
+pub(crate) fn finish<S: Simd>(
+    s: S,
+    epilogue: Epilogue,
+    y: S::F32,
+    old: impl FnOnce() -> S::F32,
+) -> S::F32 {
     match epilogue {
         Epilogue::Act(act) => activate(s, act, y),
         Epilogue::AddTo { scale: 1.0 } => s.add(old(), y),

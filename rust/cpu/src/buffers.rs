@@ -21,7 +21,12 @@ unsafe impl Sync for Rows {}
 impl Rows {
     /// Room for `rows` rows of `width`, zeroed.
     pub(crate) fn new(rows: usize, width: usize) -> Result<Self> {
-        let mut rows_ = Self { bytes: Bytes::zeroed(0)?, at: std::ptr::null_mut(), width, stride: width.next_multiple_of(16) };
+        let mut rows_ = Self {
+            bytes: Bytes::zeroed(0)?,
+            at: std::ptr::null_mut(),
+            width,
+            stride: width.next_multiple_of(16),
+        };
         rows_.reserve(rows)?;
         Ok(rows_)
     }
@@ -67,7 +72,10 @@ impl Rows {
     /// # Safety
     /// No other thread touches these elements while the slice lives.
     #[inline]
-    #[allow(clippy::mut_from_ref, reason = "disjoint parts of shared memory, see the module")]
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "disjoint parts of shared memory, see the module"
+    )]
     pub(crate) unsafe fn part_mut(&self, row: usize, from: usize, len: usize) -> &mut [f32] {
         debug_assert!(from + len <= self.width && (row + 1) * self.stride * 4 <= self.bytes.len());
         // SAFETY: inside the row, and ours alone by contract.
@@ -79,7 +87,10 @@ impl Rows {
     /// # Safety
     /// As [`Rows::part_mut`].
     #[inline]
-    #[allow(clippy::mut_from_ref, reason = "disjoint parts of shared memory, see the module")]
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "disjoint parts of shared memory, see the module"
+    )]
     pub(crate) unsafe fn row_mut(&self, row: usize) -> &mut [f32] {
         // SAFETY: forwarded.
         unsafe { self.part_mut(row, 0, self.width) }

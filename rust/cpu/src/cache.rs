@@ -44,7 +44,14 @@ impl HeadLayout {
         let values_at = PAGE * head_dim * element_size(kind);
         let key_scales_at = values_at + PAGE * value_stride * element_size(kind);
         let scales = if kind == CacheType::I8 { 4 * PAGE } else { 0 };
-        Self { head_dim, value_stride, values_at, key_scales_at, value_scales_at: key_scales_at + scales, bytes: key_scales_at + 2 * scales }
+        Self {
+            head_dim,
+            value_stride,
+            values_at,
+            key_scales_at,
+            value_scales_at: key_scales_at + scales,
+            bytes: key_scales_at + 2 * scales,
+        }
     }
 }
 
@@ -99,7 +106,11 @@ impl Page {
     fn new(bytes: usize, used: &Arc<AtomicUsize>) -> Result<Self> {
         let mut bytes = Bytes::zeroed(bytes)?;
         used.fetch_add(bytes.len(), Ordering::Relaxed);
-        Ok(Self { at: bytes.as_mut_ptr(), bytes, used: used.clone() })
+        Ok(Self {
+            at: bytes.as_mut_ptr(),
+            bytes,
+            used: used.clone(),
+        })
     }
 
     /// The same contents, owned alone.
@@ -155,7 +166,11 @@ impl Cache {
     /// A new sequence.
     pub(crate) fn open(&mut self, planned: usize) -> SequenceId {
         let pages = vec![Vec::new(); self.layers.len()];
-        self.insert(Sequence { len: 0, planned, pages })
+        self.insert(Sequence {
+            len: 0,
+            planned,
+            pages,
+        })
     }
 
     fn insert(&mut self, sequence: Sequence) -> SequenceId {
@@ -190,7 +205,10 @@ impl Cache {
 
     /// A sequence with the same tokens, sharing pages. None when `id` is not open.
     pub(crate) fn fork(&mut self, id: SequenceId, planned: usize) -> Option<SequenceId> {
-        let fork = Sequence { planned, ..self.sequences.get(&id)?.clone() };
+        let fork = Sequence {
+            planned,
+            ..self.sequences.get(&id)?.clone()
+        };
         Some(self.insert(fork))
     }
 
@@ -202,11 +220,16 @@ impl Cache {
         if self.budget == 0 {
             self.budget = free_memory() / 2;
         }
-        let Some(s) = self.sequences.get_mut(&id) else { return Ok(()) };
+        let Some(s) = self.sequences.get_mut(&id) else {
+            return Ok(());
+        };
         let (first, last) = (s.len / PAGE, (s.len + new).div_ceil(PAGE));
         for (pages, &(_, bytes)) in s.pages.iter_mut().zip(&self.layers) {
             for at in first..last {
-                if pages.get_mut(at).is_some_and(|page| Arc::get_mut(page).is_some()) {
+                if pages
+                    .get_mut(at)
+                    .is_some_and(|page| Arc::get_mut(page).is_some())
+                {
                     continue;
                 }
                 let wanted = self.used.load(Ordering::Relaxed) + bytes;
@@ -237,7 +260,9 @@ impl Cache {
 
     /// The pages of `layer`, in order of positions, good until the next change of the sequence.
     pub(crate) fn pages(&self, id: SequenceId, layer: usize) -> Vec<*mut u8> {
-        self.sequences.get(&id).map_or_else(Vec::new, |s| s.pages[layer].iter().map(|p| p.at).collect())
+        self.sequences
+            .get(&id)
+            .map_or_else(Vec::new, |s| s.pages[layer].iter().map(|p| p.at).collect())
     }
 
     /// Layout of a head of `layer` and bytes from head to head.
@@ -258,10 +283,17 @@ fn free_memory() -> usize {
     let number = |path: &str| read(path)?.trim().parse::<usize>().ok();
     let available = read("/proc/meminfo").and_then(|text| {
         let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
+        line.trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse::<usize>()
+            .ok()?
+            .checked_mul(1024)
     });
     let group = number("/sys/fs/cgroup/memory.max")
         .zip(number("/sys/fs/cgroup/memory.current"))
         .map(|(max, current)| max.saturating_sub(current));
-    available.unwrap_or(8 << 30).min(group.unwrap_or(usize::MAX))
+    available
+        .unwrap_or(8 << 30)
+        .min(group.unwrap_or(usize::MAX))
 }

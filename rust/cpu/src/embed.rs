@@ -23,7 +23,9 @@ impl Embed {
         if let Some((table, offset)) = &self.positions {
             scratch.resize(out.len(), 0.0);
             row(table, position + offset, scratch);
-            out.iter_mut().zip(scratch.iter()).for_each(|(v, p)| *v += p);
+            out.iter_mut()
+                .zip(scratch.iter())
+                .for_each(|(v, p)| *v += p);
         }
     }
 }

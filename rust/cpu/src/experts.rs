@@ -40,7 +40,13 @@ pub(crate) struct Routes {
 
 impl Routes {
     /// Routes `tokens` rows of router logits.
-    pub(crate) fn route<'a>(&mut self, isa: Isa, mixture: &Experts, tokens: usize, logits: impl Fn(usize) -> &'a [f32]) {
+    pub(crate) fn route<'a>(
+        &mut self,
+        isa: Isa,
+        mixture: &Experts,
+        tokens: usize,
+        logits: impl Fn(usize) -> &'a [f32],
+    ) {
         let (n, top_k) = (mixture.experts.len(), mixture.top_k);
         self.chosen.clear();
         self.experts.clear();
@@ -48,7 +54,8 @@ impl Routes {
             let logits = logits(token);
             self.order.clear();
             self.order.extend(0..n);
-            self.order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            self.order
+                .sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
             self.order.truncate(top_k);
             match mixture.routing {
                 Routing::TopKSoftmax => {
@@ -74,7 +81,12 @@ impl Routes {
         self.active.clear();
         for expert in 0..n {
             let first = self.tokens.len();
-            for (i, _) in self.experts.iter().enumerate().filter(|&(_, &e)| e == expert) {
+            for (i, _) in self
+                .experts
+                .iter()
+                .enumerate()
+                .filter(|&(_, &e)| e == expert)
+            {
                 self.chosen[i].0 = self.tokens.len();
                 self.tokens.push(i / top_k);
             }
@@ -130,7 +142,11 @@ impl SimdOp for AddScaled<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         for (sum, y) in self.sum.chunks_mut(LANES).zip(self.y.chunks(LANES)) {
-            store(s, s.add(load(s, sum), s.mul(s.splat(self.weight), load(s, y))), sum);
+            store(
+                s,
+                s.add(load(s, sum), s.mul(s.splat(self.weight), load(s, y))),
+                sum,
+            );
         }
     }
 }

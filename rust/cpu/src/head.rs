@@ -25,13 +25,20 @@ pub(crate) struct Best {
 
 impl Best {
     /// Nothing seen yet.
-    pub(crate) const NONE: Self = Self { value: f32::NEG_INFINITY, id: u32::MAX, nan: false };
+    pub(crate) const NONE: Self = Self {
+        value: f32::NEG_INFINITY,
+        id: u32::MAX,
+        nan: false,
+    };
 
     /// The better of two disjoint sets of ids.
     pub(crate) fn merge(self, other: Self) -> Self {
         let nan = self.nan || other.nan;
         let wins = other.value > self.value || other.value == self.value && other.id < self.id;
-        Self { nan, ..if wins { other } else { self } }
+        Self {
+            nan,
+            ..if wins { other } else { self }
+        }
     }
 
     /// What a step reports.

@@ -10,7 +10,10 @@
 //!             └─ project.rs    matrices with their epilogue (activation.rs) ── linear/, acts.rs
 //! cache.rs                     pages of keys and values
 //! ```
-#![allow(unsafe_code, reason = "threads share buffers and pages; every block says why it may")]
+#![allow(
+    unsafe_code,
+    reason = "threads share buffers and pages; every block says why it may"
+)]
 
 mod activation;
 pub mod acts;
@@ -68,7 +71,9 @@ impl Cpu {
         if isa.is_available() {
             return Ok(Self { isa });
         }
-        Err(Error::Argument(format!("this processor lacks the instruction set {isa}")))
+        Err(Error::Argument(format!(
+            "this processor lacks the instruction set {isa}"
+        )))
     }
 
     /// The instruction set in use.
@@ -82,7 +87,14 @@ impl Device for Cpu {
         "cpu".into()
     }
 
-    fn prepare(&self, program: Arc<Program>, weights: Vec<Weight>, options: Options) -> Result<Box<dyn Runner>> {
-        Ok(Box::new(CpuRunner::new(program, &weights, options, self.isa)?))
+    fn prepare(
+        &self,
+        program: Arc<Program>,
+        weights: Vec<Weight>,
+        options: Options,
+    ) -> Result<Box<dyn Runner>> {
+        Ok(Box::new(CpuRunner::new(
+            program, &weights, options, self.isa,
+        )?))
     }
 }

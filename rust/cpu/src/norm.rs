@@ -14,7 +14,15 @@ pub(crate) struct Norm {
 
 /// `out = norm(x)`; both as long as the learned parts.
 pub(crate) fn norm(isa: Isa, norm: &Norm, x: &[f32], out: &mut [f32]) {
-    dispatch(isa, Rows { norm, x, out, each: x.len() });
+    dispatch(
+        isa,
+        Rows {
+            norm,
+            x,
+            out,
+            each: x.len(),
+        },
+    );
 }
 
 /// As [`norm`] for every `each` elements of `x`, in place.
@@ -33,7 +41,11 @@ impl SimdOp for Rows<'_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        for (x, out) in self.x.chunks_exact(self.each).zip(self.out.chunks_exact_mut(self.each)) {
+        for (x, out) in self
+            .x
+            .chunks_exact(self.each)
+            .zip(self.out.chunks_exact_mut(self.each))
+        {
             let stats = Stats::of(s, self.norm, x);
             let (groups, rest) = x.as_chunks::<LANES>();
             let (out_groups, out_rest) = out.as_chunks_mut::<LANES>();
@@ -41,7 +53,16 @@ impl SimdOp for Rows<'_> {
                 s.store(stats.apply(s, self.norm, s.load(x), i * LANES, LANES), out);
             }
             if !rest.is_empty() {
-                s.store_part(stats.apply(s, self.norm, s.load_part(rest), x.len() - rest.len(), rest.len()), out_rest);
+                s.store_part(
+                    stats.apply(
+                        s,
+                        self.norm,
+                        s.load_part(rest),
+                        x.len() - rest.len(),
+                        rest.len(),
+                    ),
+                    out_rest,
+                );
             }
         }
     }
@@ -66,7 +87,10 @@ impl SimdOp for InPlace<'_> {
             }
             if !rest.is_empty() {
                 let at = n - rest.len();
-                s.store_part(stats.apply(s, self.norm, s.load_part(rest), at, rest.len()), rest);
+                s.store_part(
+                    stats.apply(s, self.norm, s.load_part(rest), at, rest.len()),
+                    rest,
+                );
             }
         }
     }
@@ -96,7 +120,10 @@ impl Stats {
             let x = s.sub(s.load_part(rest), s.splat(mean));
             sum = s.select(s.first(rest.len()), s.fma(x, x, sum), sum);
         }
-        Self { mean, factor: 1.0 / (s.reduce_add(sum) / n + norm.eps).sqrt() }
+        Self {
+            mean,
+            factor: 1.0 / (s.reduce_add(sum) / n + norm.eps).sqrt(),
+        }
     }
 
     /// 16 (or the first `n`) elements from index `at` on.

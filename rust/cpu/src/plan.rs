@@ -23,7 +23,10 @@ pub(crate) enum Work {
     /// Fills shared activations (of that number).
     Fill(usize),
     /// Fills this thread's own activations (of that number) from its own rows or from shared ones.
-    OwnFill { acts: usize, own: bool },
+    OwnFill {
+        acts: usize,
+        own: bool,
+    },
     Linear(usize),
     /// Rotates and appends.
     Rotate(usize),
@@ -41,7 +44,10 @@ pub(crate) enum Work {
     Hidden(usize),
     /// Rows that want logits, side by side.
     Gather(usize),
-    OwnGather { at: usize, own: bool },
+    OwnGather {
+        at: usize,
+        own: bool,
+    },
     Head(usize),
 }
 
@@ -123,7 +129,10 @@ impl<'a> Planner<'a> {
         for at in 0..self.model.ops.len() {
             self.op(at);
         }
-        Plan { steps: self.steps, few: self.few }
+        Plan {
+            steps: self.steps,
+            few: self.few,
+        }
     }
 
     fn op(&mut self, at: usize) {
@@ -167,7 +176,11 @@ impl<'a> Planner<'a> {
                 self.push(Work::Route(at), &[Buffer(m.router)], &[]);
                 self.push(Work::ExpertsFill(at), &[Buffer(*x)], &[ExpertActs]);
                 self.push(Work::ExpertsUp(at), &[ExpertActs], &[Buffer(m.inner)]);
-                self.push(Work::ExpertsFillInner(at), &[Buffer(m.inner)], &[ExpertActs]);
+                self.push(
+                    Work::ExpertsFillInner(at),
+                    &[Buffer(m.inner)],
+                    &[ExpertActs],
+                );
                 self.push(Work::ExpertsDown(at), &[ExpertActs], &[Buffer(m.outer)]);
                 self.push(Work::ExpertsSum(at), &[Buffer(m.outer)], &[Buffer(*into)]);
                 self.changed(*into);
@@ -182,7 +195,15 @@ impl<'a> Planner<'a> {
                 let from = Buffer(*x);
                 if self.few {
                     let own = self.own[*x];
-                    self.push(Work::OwnGather { at, own }, if own { &[] } else { std::slice::from_ref(&from) }, &[]);
+                    self.push(
+                        Work::OwnGather { at, own },
+                        if own {
+                            &[]
+                        } else {
+                            std::slice::from_ref(&from)
+                        },
+                        &[],
+                    );
                 } else {
                     self.push(Work::Gather(at), &[from], &[Buffer(m.head_rows)]);
                 }
@@ -200,7 +221,15 @@ impl<'a> Planner<'a> {
         if self.few {
             if !std::mem::replace(&mut self.filled[acts], true) {
                 let (own, from) = (self.own[x], Thing::Buffer(x));
-                self.push(Work::OwnFill { acts, own }, if own { &[] } else { std::slice::from_ref(&from) }, &[]);
+                self.push(
+                    Work::OwnFill { acts, own },
+                    if own {
+                        &[]
+                    } else {
+                        std::slice::from_ref(&from)
+                    },
+                    &[],
+                );
                 self.others_lost(acts);
             }
             return Vec::new();
@@ -211,7 +240,11 @@ impl<'a> Planner<'a> {
                 self.push(Work::Shape(acts), &[], &[Thing::Acts(memory)]);
             }
             self.shaped[memory] = Some(acts);
-            self.push(Work::Fill(acts), &[Thing::Buffer(x)], &[Thing::Acts(memory)]);
+            self.push(
+                Work::Fill(acts),
+                &[Thing::Buffer(x)],
+                &[Thing::Acts(memory)],
+            );
             self.others_lost(acts);
         }
         vec![Thing::Acts(memory)]
@@ -241,8 +274,13 @@ impl<'a> Planner<'a> {
             let (other_reads, writes) = match op {
                 Op::Embed { out, .. } => (false, *out == buffer),
                 Op::Norm { x, out, .. } => (*x == buffer, *out == buffer),
-                Op::Linear { projection, out, .. } => {
-                    let adds = matches!(projection.epilogue, kbit_tensor::program::Epilogue::AddTo { .. });
+                Op::Linear {
+                    projection, out, ..
+                } => {
+                    let adds = matches!(
+                        projection.epilogue,
+                        kbit_tensor::program::Epilogue::AddTo { .. }
+                    );
                     (adds && *out == buffer, *out == buffer)
                 }
                 Op::Attention { qkv, out, .. } => (*qkv == buffer, *out == buffer),
@@ -263,7 +301,9 @@ impl<'a> Planner<'a> {
 
     fn push(&mut self, work: Work, reads: &[Thing], writes: &[Thing]) {
         let conflict = reads.iter().any(|t| self.written.contains(t))
-            || writes.iter().any(|t| self.written.contains(t) || self.read.contains(t));
+            || writes
+                .iter()
+                .any(|t| self.written.contains(t) || self.read.contains(t));
         let barrier = conflict || self.loops == crate::pool::LOOPS;
         if barrier {
             self.read.clear();

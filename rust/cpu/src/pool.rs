@@ -42,7 +42,9 @@ pub fn default_threads() -> Result<usize> {
     match std::env::var("KBIT_NUM_THREADS") {
         Ok(text) if !text.trim().is_empty() => match text.trim().parse() {
             Ok(n) if (1..=MAX_THREADS).contains(&n) => Ok(n),
-            _ => Err(Error::Argument(format!("KBIT_NUM_THREADS must be a number of 1..={MAX_THREADS}, is {text:?}"))),
+            _ => Err(Error::Argument(format!(
+                "KBIT_NUM_THREADS must be a number of 1..={MAX_THREADS}, is {text:?}"
+            ))),
         },
         _ => Ok(cores()),
     }
@@ -60,7 +62,15 @@ fn cores() -> usize {
 pub(crate) fn run(threads: usize, cancel: &AtomicBool, job: &Job<'_>) -> Result<()> {
     if threads <= 1 || IN_JOB.get() {
         let stop = AtomicBool::new(false);
-        let team = Team { index: 0, threads: 1, cancel, stop: &stop, pool: None, phase: Cell::new(0), loops: Cell::new(0) };
+        let team = Team {
+            index: 0,
+            threads: 1,
+            cancel,
+            stop: &stop,
+            pool: None,
+            phase: Cell::new(0),
+            loops: Cell::new(0),
+        };
         return match catch_unwind(AssertUnwindSafe(|| job(&team))) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Stop)) => Err(Error::Cancelled),
@@ -77,7 +87,11 @@ fn panicked(message: &str) -> Error {
 }
 
 fn message(panic: &(dyn std::any::Any + Send)) -> String {
-    panic.downcast_ref::<&str>().map(ToString::to_string).or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+    panic
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into())
 }
 
 thread_local! {
@@ -198,11 +212,16 @@ impl Pool {
         IN_JOB.set(true);
         self.take_part(0, threads);
         IN_JOB.set(false);
-        self.end.wait(threads, || self.finished.0.load(Acquire) == threads);
+        self.end
+            .wait(threads, || self.finished.0.load(Acquire) == threads);
         if let Some(message) = lock(&self.panic).take() {
             return Err(panicked(&message));
         }
-        if self.stop.load(Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+        if self.stop.load(Relaxed) {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
     }
 
     /// Starts workers up to `wanted`.
@@ -213,7 +232,9 @@ impl Pool {
             std::thread::Builder::new()
                 .name(format!("kbit-{index}"))
                 .spawn(move || self.work(index, seen))
-                .map_err(|e| Error::Device(format!("cpu: cannot start thread {index} of {wanted}: {e}")))?;
+                .map_err(|e| {
+                    Error::Device(format!("cpu: cannot start thread {index} of {wanted}: {e}"))
+                })?;
             *started += 1;
         }
         Ok(())
@@ -223,7 +244,9 @@ impl Pool {
     fn work(&self, index: usize, mut seen: u64) {
         IN_JOB.set(true);
         loop {
-            self.begin.wait((seen & 0xffff) as usize, || self.epoch.0.load(Acquire) != seen);
+            self.begin.wait((seen & 0xffff) as usize, || {
+                self.epoch.0.load(Acquire) != seen
+            });
             seen = self.epoch.0.load(Acquire);
             let threads = (seen & 0xffff) as usize;
             if index < threads {
@@ -238,7 +261,15 @@ impl Pool {
         #[allow(unsafe_code, reason = "see Sync")]
         let slot = unsafe { *self.job.get() };
         if let Some((job, cancel)) = slot {
-            let team = Team { index, threads, cancel, stop: &self.stop, pool: Some(self), phase: Cell::new(0), loops: Cell::new(0) };
+            let team = Team {
+                index,
+                threads,
+                cancel,
+                stop: &self.stop,
+                pool: Some(self),
+                phase: Cell::new(0),
+                loops: Cell::new(0),
+            };
             let result = catch_unwind(AssertUnwindSafe(|| job(&team)));
             if let Err(panic) = &result {
                 lock(&self.panic).get_or_insert_with(|| message(&**panic));
@@ -270,7 +301,10 @@ impl Turn {
         let mine = turns.next;
         turns.next += 1;
         while turns.serving != mine {
-            turns = pool.turn_over.wait(turns).unwrap_or_else(PoisonError::into_inner);
+            turns = pool
+                .turn_over
+                .wait(turns)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         Self(pool)
     }
@@ -316,7 +350,10 @@ impl Event {
         self.sleepers.fetch_add(1, SeqCst);
         fence(SeqCst);
         while !ready() {
-            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = self
+                .wake
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, SeqCst);
     }
@@ -376,7 +413,11 @@ impl Team<'_> {
     /// [`Stop`] on every thread alike, when the step was cancelled or a thread panicked.
     pub(crate) fn barrier(&self) -> std::result::Result<(), Stop> {
         let Some(pool) = self.pool else {
-            return if self.stop.load(Relaxed) || self.cancel.load(Relaxed) { Err(Stop) } else { Ok(()) };
+            return if self.stop.load(Relaxed) || self.cancel.load(Relaxed) {
+                Err(Stop)
+            } else {
+                Ok(())
+            };
         };
         let next = self.phase.get() ^ 1;
         self.phase.set(next);
@@ -394,10 +435,15 @@ impl Team<'_> {
             pool.generation.0.fetch_add(1, AcqRel);
             pool.barrier.notify();
         } else {
-            let passed = || pool.generation.0.load(Acquire) != generation || pool.leave.load(Acquire);
+            let passed =
+                || pool.generation.0.load(Acquire) != generation || pool.leave.load(Acquire);
             pool.barrier.wait(self.threads, passed);
         }
-        if pool.leave.load(Acquire) { Err(Stop) } else { Ok(()) }
+        if pool.leave.load(Acquire) {
+            Err(Stop)
+        } else {
+            Ok(())
+        }
     }
 
     /// Calls `f` for items `0..items`, each on one thread of the team. All threads must come here, with the same number, at
@@ -492,7 +538,10 @@ mod tests {
                     team.barrier()
                 });
                 let message = result.expect_err("the panic is reported").to_string();
-                assert!(message.contains(&format!("planted in {guilty}")), "{message}");
+                assert!(
+                    message.contains(&format!("planted in {guilty}")),
+                    "{message}"
+                );
                 run(threads, &NEVER, &|team| team.barrier()).expect("the pool works after a panic");
             }
         }

@@ -20,15 +20,45 @@ use crate::project::{Part, Projection};
 /// An operation. Buffers are indices; those of the program come first, then the device's own.
 #[derive(Debug)]
 pub(crate) enum Op {
-    Embed { embed: Embed, out: usize },
-    Norm { x: usize, norm: Norm, out: usize },
-    Linear { x: usize, projection: Projection, out: usize },
+    Embed {
+        embed: Embed,
+        out: usize,
+    },
+    Norm {
+        x: usize,
+        norm: Norm,
+        out: usize,
+    },
+    Linear {
+        x: usize,
+        projection: Projection,
+        out: usize,
+    },
     /// Rotation, appending and attention.
-    Attention { qkv: usize, rotation: Rotation, attention: Attention, out: usize },
-    Add { x: usize, scale: f32, into: usize },
-    Experts { x: usize, experts: Experts, into: usize },
-    Hidden { x: usize, index: usize },
-    Head { x: usize, head: Head },
+    Attention {
+        qkv: usize,
+        rotation: Rotation,
+        attention: Attention,
+        out: usize,
+    },
+    Add {
+        x: usize,
+        scale: f32,
+        into: usize,
+    },
+    Experts {
+        x: usize,
+        experts: Experts,
+        into: usize,
+    },
+    Hidden {
+        x: usize,
+        index: usize,
+    },
+    Head {
+        x: usize,
+        head: Head,
+    },
 }
 
 /// Input rows in the form that some matrices want.
@@ -63,7 +93,11 @@ pub(crate) struct Model {
 
 impl Model {
     /// Binds `weights`, which [`Program::check`] has seen.
-    pub(crate) fn new(program: &Program, weights: &[Weight], activations: Activations) -> Result<Self> {
+    pub(crate) fn new(
+        program: &Program,
+        weights: &[Weight],
+        activations: Activations,
+    ) -> Result<Self> {
         let own = program.buffers.len();
         let widest = program.buffers.iter().map(|b| b.width).max().unwrap_or(0);
         let mut widths: Vec<usize> = program.buffers.iter().map(|b| b.width).collect();
@@ -81,7 +115,13 @@ impl Model {
             top_k: 0,
             hidden: 0,
         };
-        let mut binder = Binder { program, weights, activations, matrices: HashMap::new(), model };
+        let mut binder = Binder {
+            program,
+            weights,
+            activations,
+            matrices: HashMap::new(),
+            model,
+        };
         let mut ops = program.ops.iter();
         while let Some(op) = ops.next() {
             let bound = binder.op(op, &mut ops)?;
@@ -101,23 +141,67 @@ struct Binder<'a> {
 
 impl Binder<'_> {
     /// `rest` gives the operations that follow; rotation takes its attention from it.
-    fn op<'o>(&mut self, op: &program::Op, rest: &mut impl Iterator<Item = &'o program::Op>) -> Result<Op> {
+    fn op<'o>(
+        &mut self,
+        op: &program::Op,
+        rest: &mut impl Iterator<Item = &'o program::Op>,
+    ) -> Result<Op> {
         let id = |b: program::BufferId| b.0 as usize;
         Ok(match op {
-            program::Op::Embed { table, scale, positions, out } => {
-                let positions = positions.map(|(table, offset)| (self.weight(table).clone(), offset));
-                Op::Embed { embed: Embed { table: self.weight(*table).clone(), scale: *scale, positions }, out: id(*out) }
+            program::Op::Embed {
+                table,
+                scale,
+                positions,
+                out,
+            } => {
+                let positions =
+                    positions.map(|(table, offset)| (self.weight(table).clone(), offset));
+                Op::Embed {
+                    embed: Embed {
+                        table: self.weight(*table).clone(),
+                        scale: *scale,
+                        positions,
+                    },
+                    out: id(*out),
+                }
             }
-            program::Op::Norm { x, norm, out } => Op::Norm { x: id(*x), norm: self.norm(norm), out: id(*out) },
-            program::Op::Linear { x, parts, epilogue, out } => {
-                Op::Linear { x: id(*x), projection: self.projection(id(*x), parts, *epilogue)?, out: id(*out) }
-            }
-            program::Op::RopeAppend { qkv, layer, rope, q_norm, k_norm, clip } => match rest.next() {
-                Some(program::Op::Attention { qkv: same, layer: also, scale, window, softcap, alibi, sinks, out })
-                    if same == qkv && also == layer =>
-                {
+            program::Op::Norm { x, norm, out } => Op::Norm {
+                x: id(*x),
+                norm: self.norm(norm),
+                out: id(*out),
+            },
+            program::Op::Linear {
+                x,
+                parts,
+                epilogue,
+                out,
+            } => Op::Linear {
+                x: id(*x),
+                projection: self.projection(id(*x), parts, *epilogue)?,
+                out: id(*out),
+            },
+            program::Op::RopeAppend {
+                qkv,
+                layer,
+                rope,
+                q_norm,
+                k_norm,
+                clip,
+            } => match rest.next() {
+                Some(program::Op::Attention {
+                    qkv: same,
+                    layer: also,
+                    scale,
+                    window,
+                    softcap,
+                    alibi,
+                    sinks,
+                    out,
+                }) if same == qkv && also == layer => {
                     if clip.is_some_and(|c| !(c >= 0.0)) {
-                        return Err(Error::Format(format!("layer {layer}: q, k and v are clamped to {clip:?}, wanted 0 or more")));
+                        return Err(Error::Format(format!(
+                            "layer {layer}: q, k and v are clamped to {clip:?}, wanted 0 or more"
+                        )));
                     }
                     let l = &self.program.cache[*layer];
                     let attention = Attention {
@@ -125,7 +209,11 @@ impl Binder<'_> {
                         q_heads: l.q_heads,
                         kv_heads: l.kv_heads,
                         head_dim: l.head_dim,
-                        scoring: Scoring { scale: *scale, softcap: *softcap, alibi: alibi.is_some() },
+                        scoring: Scoring {
+                            scale: *scale,
+                            softcap: *softcap,
+                            alibi: alibi.is_some(),
+                        },
                         window: *window,
                         slopes: alibi.clone(),
                         sinks: sinks.map(|s| self.vector(s)),
@@ -136,15 +224,39 @@ impl Binder<'_> {
                         k_norm: k_norm.as_ref().map(|n| self.norm(n)),
                         clip: *clip,
                     };
-                    Op::Attention { qkv: id(*qkv), rotation, attention, out: id(*out) }
+                    Op::Attention {
+                        qkv: id(*qkv),
+                        rotation,
+                        attention,
+                        out: id(*out),
+                    }
                 }
-                _ => return Err(Error::Unsupported(format!("cpu: rotation of layer {layer} without its attention next to it"))),
+                _ => {
+                    return Err(Error::Unsupported(format!(
+                        "cpu: rotation of layer {layer} without its attention next to it"
+                    )));
+                }
             },
             program::Op::Attention { layer, .. } => {
-                return Err(Error::Unsupported(format!("cpu: attention of layer {layer} without rotation before it")));
+                return Err(Error::Unsupported(format!(
+                    "cpu: attention of layer {layer} without rotation before it"
+                )));
             }
-            program::Op::Add { x, scale, into } => Op::Add { x: id(*x), scale: *scale, into: id(*into) },
-            program::Op::Experts { x, router, experts, top_k, routing, epilogue, scale, into } => {
+            program::Op::Add { x, scale, into } => Op::Add {
+                x: id(*x),
+                scale: *scale,
+                into: id(*into),
+            },
+            program::Op::Experts {
+                x,
+                router,
+                experts,
+                top_k,
+                routing,
+                epilogue,
+                scale,
+                into,
+            } => {
                 let expert = |e: &program::Expert| -> Result<Expert> {
                     let up: Vec<Linear> = e.gate.iter().chain([&e.up]).copied().collect();
                     Ok(Expert {
@@ -162,16 +274,42 @@ impl Binder<'_> {
                     m.widths[m.outer] = m.widths[m.outer].max(e.down.parts[0].matrix.rows());
                 }
                 let router = self.projection(id(*x), &[*router], Epilogue::Store)?;
-                let experts = Experts { router, experts, top_k: *top_k, routing: *routing, scale: *scale };
-                Op::Experts { x: id(*x), experts, into: id(*into) }
+                let experts = Experts {
+                    router,
+                    experts,
+                    top_k: *top_k,
+                    routing: *routing,
+                    scale: *scale,
+                };
+                Op::Experts {
+                    x: id(*x),
+                    experts,
+                    into: id(*into),
+                }
             }
             program::Op::Hidden { x } => {
                 self.model.hidden += 1;
-                Op::Hidden { x: id(*x), index: self.model.hidden - 1 }
+                Op::Hidden {
+                    x: id(*x),
+                    index: self.model.hidden - 1,
+                }
             }
-            program::Op::Head { x, linear, scale, softcap } => {
-                let projection = self.projection(self.model.head_rows, &[*linear], Epilogue::Store)?;
-                Op::Head { x: id(*x), head: Head { projection, scale: *scale, softcap: *softcap } }
+            program::Op::Head {
+                x,
+                linear,
+                scale,
+                softcap,
+            } => {
+                let projection =
+                    self.projection(self.model.head_rows, &[*linear], Epilogue::Store)?;
+                Op::Head {
+                    x: id(*x),
+                    head: Head {
+                        projection,
+                        scale: *scale,
+                        softcap: *softcap,
+                    },
+                }
             }
         })
     }
@@ -189,7 +327,12 @@ impl Binder<'_> {
 
     fn norm(&self, norm: &program::Norm) -> Norm {
         let vector = |id: Option<WeightId>| id.map(|id| self.vector(id));
-        Norm { kind: norm.kind, eps: norm.eps, weight: vector(norm.weight), bias: vector(norm.bias) }
+        Norm {
+            kind: norm.kind,
+            eps: norm.eps,
+            weight: vector(norm.weight),
+            bias: vector(norm.bias),
+        }
     }
 
     /// Matrices that read buffer `x`.
@@ -201,20 +344,35 @@ impl Binder<'_> {
         Ok(projection)
     }
 
-    fn bind(&mut self, parts: &[Linear], epilogue: Epilogue, acts: impl Fn(usize) -> usize) -> Result<Projection> {
+    fn bind(
+        &mut self,
+        parts: &[Linear],
+        epilogue: Epilogue,
+        acts: impl Fn(usize) -> usize,
+    ) -> Result<Projection> {
         if is_gated(epilogue) && parts.len() != 2 {
-            return Err(Error::Format(format!("cpu: a gated epilogue wants 2 matrices, has {}", parts.len())));
+            return Err(Error::Format(format!(
+                "cpu: a gated epilogue wants 2 matrices, has {}",
+                parts.len()
+            )));
         }
         let part = |(i, linear): (usize, &Linear)| -> Result<Part> {
             let matrix = match self.matrices.get(&linear.weight) {
                 Some(matrix) => matrix.clone(),
                 None => {
-                    let matrix = Arc::new(Matrix::prepare(self.weight(linear.weight), self.activations)?);
+                    let matrix = Arc::new(Matrix::prepare(
+                        self.weight(linear.weight),
+                        self.activations,
+                    )?);
                     self.matrices.insert(linear.weight, matrix.clone());
                     matrix
                 }
             };
-            Ok(Part { matrix, bias: linear.bias.map(|b| self.vector(b)), acts: acts(i) })
+            Ok(Part {
+                matrix,
+                bias: linear.bias.map(|b| self.vector(b)),
+                acts: acts(i),
+            })
         };
         let parts = parts.iter().enumerate().map(part).collect::<Result<_>>()?;
         Ok(Projection { parts, epilogue })
@@ -223,13 +381,24 @@ impl Binder<'_> {
     /// The number of the activations of buffer `x` in the form of `input`.
     fn acts(&mut self, x: usize, input: &Input) -> usize {
         let m = &mut self.model;
-        if let Some(found) = m.acts.iter().position(|a| a.buffer == x && a.input == *input) {
+        if let Some(found) = m
+            .acts
+            .iter()
+            .position(|a| a.buffer == x && a.input == *input)
+        {
             return found;
         }
-        let turns = m.acts.iter().find(|a| a.buffer == x && a.input.form == input.form);
+        let turns = m
+            .acts
+            .iter()
+            .find(|a| a.buffer == x && a.input.form == input.form);
         let memory = turns.map_or(m.memories, |a| a.memory);
         m.memories = m.memories.max(memory + 1);
-        m.acts.push(ActsSpec { buffer: x, input: input.clone(), memory });
+        m.acts.push(ActsSpec {
+            buffer: x,
+            input: input.clone(),
+            memory,
+        });
         m.acts.len() - 1
     }
 }

@@ -57,20 +57,37 @@ impl Projection {
 
     /// Parts that give outputs side by side: a gate and its up matrix count as one.
     fn columns(&self) -> usize {
-        if is_gated(self.epilogue) { 1 } else { self.parts.len() }
+        if is_gated(self.epilogue) {
+            1
+        } else {
+            self.parts.len()
+        }
     }
 
     /// Number of work items.
     pub(crate) fn items(&self, tokens: usize, threads: usize) -> usize {
-        let items = |p: usize| self.parts[p].matrix.panels().div_ceil(self.group(p, tokens, threads));
+        let items = |p: usize| {
+            self.parts[p]
+                .matrix
+                .panels()
+                .div_ceil(self.group(p, tokens, threads))
+        };
         (0..self.columns()).map(items).sum()
     }
 
     /// Which part, panels and output column an item is.
-    fn locate(&self, mut item: usize, tokens: usize, threads: usize) -> (usize, Range<usize>, usize) {
+    fn locate(
+        &self,
+        mut item: usize,
+        tokens: usize,
+        threads: usize,
+    ) -> (usize, Range<usize>, usize) {
         let mut column = 0;
         for part in 0..self.columns() {
-            let (panels, group) = (self.parts[part].matrix.panels(), self.group(part, tokens, threads));
+            let (panels, group) = (
+                self.parts[part].matrix.panels(),
+                self.group(part, tokens, threads),
+            );
             let items = panels.div_ceil(group);
             if item < items {
                 return (part, item * group..panels.min((item + 1) * group), column);
@@ -108,7 +125,14 @@ impl Projection {
         let column = column + rows.start;
         if self.epilogue == Epilogue::Store && part.bias.is_none() {
             // SAFETY: the columns of this item start `rows.start` after the part's first.
-            unsafe { part.matrix.run(acts(part.acts), panels, to.at.add(column).sub(rows.start), to.stride) };
+            unsafe {
+                part.matrix.run(
+                    acts(part.acts),
+                    panels,
+                    to.at.add(column).sub(rows.start),
+                    to.stride,
+                )
+            };
             return;
         }
         let width = panels.len() * ROWS;
@@ -119,16 +143,42 @@ impl Projection {
             let at = scratch[p * tokens * width..].as_mut_ptr();
             // SAFETY: the scratch holds `tokens` rows of `width` for each part; the kernel writes at feature numbers,
             // which start at `rows.start`.
-            unsafe { part.matrix.run(acts(part.acts), panels.clone(), at.wrapping_sub(rows.start), width) };
+            unsafe {
+                part.matrix.run(
+                    acts(part.acts),
+                    panels.clone(),
+                    at.wrapping_sub(rows.start),
+                    width,
+                )
+            };
         };
         compute(0);
         if gated {
             compute(1);
         }
         let (y, up) = scratch.split_at(tokens * width);
-        let bias = |p: usize| self.parts[first + p].bias.as_ref().map(|b| &b[rows.clone()]);
+        let bias = |p: usize| {
+            self.parts[first + p]
+                .bias
+                .as_ref()
+                .map(|b| &b[rows.clone()])
+        };
         let (bias, up_bias) = (bias(0), if gated { bias(1) } else { None });
-        dispatch(isa, Apply { epilogue: self.epilogue, tokens, n: rows.len(), width, y, up, bias, up_bias, column, to });
+        dispatch(
+            isa,
+            Apply {
+                epilogue: self.epilogue,
+                tokens,
+                n: rows.len(),
+                width,
+                y,
+                up,
+                bias,
+                up_bias,
+                column,
+                to,
+            },
+        );
     }
 }
 
@@ -157,13 +207,23 @@ impl SimdOp for Apply<'_> {
         for token in 0..self.tokens {
             let row = token * self.width;
             // SAFETY: `Projection::item`'s caller gives this thread these columns.
-            let out = unsafe { std::slice::from_raw_parts_mut(self.to.at.add(token * self.to.stride + self.column), self.n) };
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(
+                    self.to.at.add(token * self.to.stride + self.column),
+                    self.n,
+                )
+            };
             for (i, out) in out.chunks_mut(LANES).enumerate() {
                 let at = i * LANES;
                 let here = row + at..row + at + out.len();
                 let y = biased(&self.y[here.clone()], self.bias, at);
                 let v = if is_gated(self.epilogue) {
-                    gate(s, self.epilogue, y, biased(&self.up[here], self.up_bias, at))
+                    gate(
+                        s,
+                        self.epilogue,
+                        y,
+                        biased(&self.up[here], self.up_bias, at),
+                    )
                 } else {
                     finish(s, self.epilogue, y, || load(s, out))
                 };

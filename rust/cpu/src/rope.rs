@@ -24,8 +24,10 @@ impl Table {
         let scale = f64::from(self.scale);
         for position in self.rows.len() / width..end {
             let angles = self.inv_freq.iter().map(|f| f64::from(position as f32 * f));
-            self.rows.extend(angles.clone().map(|a| (libm::cos(a) * scale) as f32));
-            self.rows.extend(angles.map(|a| (libm::sin(a) * scale) as f32));
+            self.rows
+                .extend(angles.clone().map(|a| (libm::cos(a) * scale) as f32));
+            self.rows
+                .extend(angles.map(|a| (libm::sin(a) * scale) as f32));
         }
     }
 }
@@ -39,9 +41,19 @@ pub(crate) struct Tables {
 
 impl Tables {
     pub(crate) fn new(rope: &Rope) -> Self {
-        let table = |inv_freq: &[f32], scale| Table { inv_freq: inv_freq.to_vec(), scale, rows: Vec::new() };
-        let long = rope.long.as_ref().map(|l| (l.original, table(&l.inv_freq, l.scale)));
-        Self { plain: table(&rope.inv_freq, rope.scale), long }
+        let table = |inv_freq: &[f32], scale| Table {
+            inv_freq: inv_freq.to_vec(),
+            scale,
+            rows: Vec::new(),
+        };
+        let long = rope
+            .long
+            .as_ref()
+            .map(|l| (l.original, table(&l.inv_freq, l.scale)));
+        Self {
+            plain: table(&rope.inv_freq, rope.scale),
+            long,
+        }
     }
 
     /// Makes the rows below `end` for a sequence of `planned` tokens.
@@ -65,7 +77,15 @@ impl Tables {
 
 /// Rotates every `head_dim` elements of `x` by one row of a table.
 pub(crate) fn rotate(isa: Isa, x: &mut [f32], head_dim: usize, (cos, sin): (&[f32], &[f32])) {
-    dispatch(isa, Rotate { x, head_dim, cos, sin });
+    dispatch(
+        isa,
+        Rotate {
+            x,
+            head_dim,
+            cos,
+            sin,
+        },
+    );
 }
 
 struct Rotate<'a> {

@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kbit_simd::Isa;
-use kbit_tensor::program::{Options, Output, Part, Program, Rows as Wanted, Runner, SequenceId, Want};
+use kbit_tensor::program::{
+    Options, Output, Part, Program, Rows as Wanted, Runner, SequenceId, Want,
+};
 use kbit_tensor::{Error, Result, Weight};
 
 use crate::acts::Acts;
@@ -57,27 +59,55 @@ impl CpuRunner {
     ///
     /// # Errors
     /// As [`Device::prepare`](kbit_tensor::program::Device::prepare).
-    pub fn new(program: Arc<Program>, weights: &[Weight], options: Options, isa: Isa) -> Result<Self> {
+    pub fn new(
+        program: Arc<Program>,
+        weights: &[Weight],
+        options: Options,
+        isa: Isa,
+    ) -> Result<Self> {
         program.check(weights)?;
         let threads = match options.threads {
             0 => pool::default_threads()?,
             n if n <= pool::MAX_THREADS => n,
-            n => return Err(Error::Argument(format!("threads must be at most {}, is {n}", pool::MAX_THREADS))),
+            n => {
+                return Err(Error::Argument(format!(
+                    "threads must be at most {}, is {n}",
+                    pool::MAX_THREADS
+                )));
+            }
         };
         let model = Model::new(&program, weights, options.activations)?;
         let cache = Cache::new(&program.cache, options.cache, options.cache_bytes);
         let memory = Memory {
-            buffers: model.widths.iter().map(|&width| Rows::new(0, width)).collect::<Result<_>>()?,
-            acts: Cells::new((0..model.memories).map(|_| Acts::new()).collect::<Result<_>>()?),
-            expert_acts: Cells::new((0..3 * model.experts).map(|_| Acts::new()).collect::<Result<_>>()?),
+            buffers: model
+                .widths
+                .iter()
+                .map(|&width| Rows::new(0, width))
+                .collect::<Result<_>>()?,
+            acts: Cells::new(
+                (0..model.memories)
+                    .map(|_| Acts::new())
+                    .collect::<Result<_>>()?,
+            ),
+            expert_acts: Cells::new(
+                (0..3 * model.experts)
+                    .map(|_| Acts::new())
+                    .collect::<Result<_>>()?,
+            ),
             partials: Vec::new(),
             finished: Vec::new(),
-            own: Cells::new((0..threads).map(|_| Own::new(&model)).collect::<Result<_>>()?),
+            own: Cells::new(
+                (0..threads)
+                    .map(|_| Own::new(&model))
+                    .collect::<Result<_>>()?,
+            ),
         };
         Ok(Self {
             few: Plan::few(&model),
             many: Plan::many(&model),
-            heads: (0..program.cache.len()).map(|layer| cache.head(layer)).collect(),
+            heads: (0..program.cache.len())
+                .map(|layer| cache.head(layer))
+                .collect(),
             tables: program.ropes.iter().map(Tables::new).collect(),
             program,
             model,
@@ -97,18 +127,28 @@ impl CpuRunner {
                 return Err(Error::Argument(format!("sequence {} is not open", id.0)));
             };
             if batch[..i].iter().any(|p| p.sequence == id) {
-                return Err(Error::Argument(format!("sequence {} is twice in the batch", id.0)));
+                return Err(Error::Argument(format!(
+                    "sequence {} is twice in the batch",
+                    id.0
+                )));
             }
             if part.ids.is_empty() {
-                return Err(Error::Argument(format!("sequence {} has no new tokens", id.0)));
+                return Err(Error::Argument(format!(
+                    "sequence {} has no new tokens",
+                    id.0
+                )));
             }
             let vocab = self.program.vocab_size;
             if let Some(token) = part.ids.iter().find(|&&t| t as usize >= vocab) {
-                return Err(Error::Argument(format!("token id {token} is outside the vocabulary of {vocab}")));
+                return Err(Error::Argument(format!(
+                    "token id {token} is outside the vocabulary of {vocab}"
+                )));
             }
             let (wanted, context) = (len.saturating_add(part.ids.len()), self.program.context);
             if wanted > context {
-                return Err(Error::ContextOverflow(format!("{wanted} tokens in a context of {context}")));
+                return Err(Error::ContextOverflow(format!(
+                    "{wanted} tokens in a context of {context}"
+                )));
             }
         }
         Ok(())
@@ -153,9 +193,18 @@ impl CpuRunner {
             Wanted::Last => 1,
             Wanted::All => p.ids.len(),
         };
-        let (rows, tokens): (usize, usize) = (batch.iter().map(rows).sum(), batch.iter().map(|p| p.ids.len()).sum());
+        let (rows, tokens): (usize, usize) = (
+            batch.iter().map(rows).sum(),
+            batch.iter().map(|p| p.ids.len()).sum(),
+        );
         let mut result = Output::default();
-        if want.logits && self.model.ops.iter().any(|op| matches!(op, Op::Head { .. })) {
+        if want.logits
+            && self
+                .model
+                .ops
+                .iter()
+                .any(|op| matches!(op, Op::Head { .. }))
+        {
             result.logits = zeros(&[rows, self.program.vocab_size])?;
         }
         if want.hidden {
@@ -171,17 +220,34 @@ impl CpuRunner {
                     let positions = self.cache.len(p.sequence).unwrap_or(0) + p.ids.len();
                     zeros(&[layer.q_heads, p.ids.len(), positions])
                 };
-                result.attentions.push(batch.iter().map(part).collect::<Result<_>>()?);
+                result
+                    .attentions
+                    .push(batch.iter().map(part).collect::<Result<_>>()?);
             }
         }
-        Ok(Outputs { result, rows: 0, tokens: 0 })
+        Ok(Outputs {
+            result,
+            rows: 0,
+            tokens: 0,
+        })
     }
 
-    fn pass(&mut self, batch: &[Part<'_>], pieces: &[Piece], want: Want, cancel: &AtomicBool, out: &mut Outputs) -> Result<()> {
-        let (mut ids, mut positions, mut views, mut rows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    fn pass(
+        &mut self,
+        batch: &[Part<'_>],
+        pieces: &[Piece],
+        want: Want,
+        cancel: &AtomicBool,
+        out: &mut Outputs,
+    ) -> Result<()> {
+        let (mut ids, mut positions, mut views, mut rows) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for piece in pieces {
             let part = &batch[piece.part];
-            let (len, planned) = (self.cache.len(part.sequence).unwrap_or(0), self.cache.planned(part.sequence));
+            let (len, planned) = (
+                self.cache.len(part.sequence).unwrap_or(0),
+                self.cache.planned(part.sequence),
+            );
             let (row, start) = (ids.len(), len + piece.from);
             ids.extend_from_slice(&part.ids[piece.from..piece.to]);
             positions.extend(start..len + piece.to);
@@ -190,7 +256,9 @@ impl CpuRunner {
                 Wanted::Last => piece.from + r - row + 1 == part.ids.len(),
                 Wanted::All => true,
             }));
-            let pages = (0..self.program.cache.len()).map(|layer| self.cache.pages(part.sequence, layer)).collect();
+            let pages = (0..self.program.cache.len())
+                .map(|layer| self.cache.pages(part.sequence, layer))
+                .collect();
             let weights = out.result.attentions.iter_mut().map(|layer| WeightsOut {
                 at: layer[piece.part].as_mut_ptr(),
                 tokens: part.ids.len(),
@@ -198,18 +266,31 @@ impl CpuRunner {
                 positions: len + part.ids.len(),
             });
             let weights = weights.collect();
-            views.push(View { row, tokens: piece.to - piece.from, start, planned, pages, weights });
-            self.tables.iter_mut().for_each(|t| t.reach(planned, len + piece.to));
+            views.push(View {
+                row,
+                tokens: piece.to - piece.from,
+                start,
+                planned,
+                pages,
+                weights,
+            });
+            self.tables
+                .iter_mut()
+                .for_each(|t| t.reach(planned, len + piece.to));
         }
         let few = ids.len() <= FEW && !want.hidden && !want.attentions;
         let work = self.attention_work(&views, want.attentions);
         self.reserve(ids.len(), rows.len(), few, &work)?;
         let (vocab, first) = (self.program.vocab_size, out.rows * self.program.vocab_size);
-        let logits = (!out.result.logits.is_empty()).then(|| out.result.logits[first..].as_mut_ptr());
+        let logits =
+            (!out.result.logits.is_empty()).then(|| out.result.logits[first..].as_mut_ptr());
         let hidden: Vec<Target> = self
             .hidden_widths()
             .zip(&mut out.result.hidden)
-            .map(|(stride, rows)| Target { at: rows[out.tokens * stride..].as_mut_ptr(), stride })
+            .map(|(stride, rows)| Target {
+                at: rows[out.tokens * stride..].as_mut_ptr(),
+                stride,
+            })
             .collect();
         let error = Mutex::new(None);
         let pass = Pass {
@@ -223,7 +304,11 @@ impl CpuRunner {
             ids: &ids,
             positions: &positions,
             views: &views,
-            work: &work.layers.iter().map(|&kind| (&work.kinds[kind].1, kind)).collect::<Vec<_>>(),
+            work: &work
+                .layers
+                .iter()
+                .map(|&kind| (&work.kinds[kind].1, kind))
+                .collect::<Vec<_>>(),
             rows: &rows,
             logits: logits.map(|at| Target { at, stride: vocab }),
             hidden: &hidden,
@@ -234,10 +319,18 @@ impl CpuRunner {
             return Err(error);
         }
         result?;
-        if self.model.ops.iter().any(|op| matches!(op, Op::Head { .. })) {
+        if self
+            .model
+            .ops
+            .iter()
+            .any(|op| matches!(op, Op::Head { .. }))
+        {
             for row in 0..rows.len() {
-                let best = (0..self.threads).filter_map(|t| self.memory.own.own(t).best.get(row).copied());
-                out.result.argmax.push(best.fold(Best::NONE, Best::merge).id());
+                let best =
+                    (0..self.threads).filter_map(|t| self.memory.own.own(t).best.get(row).copied());
+                out.result
+                    .argmax
+                    .push(best.fold(Best::NONE, Best::merge).id());
             }
         }
         out.rows += rows.len();
@@ -246,18 +339,35 @@ impl CpuRunner {
     }
 
     fn hidden_widths(&self) -> impl Iterator<Item = usize> {
-        self.model.ops.iter().filter_map(|op| if let Op::Hidden { x, .. } = op { Some(self.model.widths[*x]) } else { None })
+        self.model.ops.iter().filter_map(|op| {
+            if let Op::Hidden { x, .. } = op {
+                Some(self.model.widths[*x])
+            } else {
+                None
+            }
+        })
     }
 
     /// Items of every layer; layers of the same shape share them.
     fn attention_work(&self, views: &[View], whole: bool) -> AttentionWork {
-        let mut work = AttentionWork { kinds: Vec::new(), layers: vec![0; self.program.cache.len()] };
+        let mut work = AttentionWork {
+            kinds: Vec::new(),
+            layers: vec![0; self.program.cache.len()],
+        };
         for op in &self.model.ops {
-            let Op::Attention { attention, .. } = op else { continue };
-            let shape = (attention.q_heads, attention.kv_heads, attention.window, self.heads[attention.layer].0.value_stride);
+            let Op::Attention { attention, .. } = op else {
+                continue;
+            };
+            let shape = (
+                attention.q_heads,
+                attention.kv_heads,
+                attention.window,
+                self.heads[attention.layer].0.value_stride,
+            );
             let known = work.kinds.iter().position(|(s, _)| *s == shape);
             work.layers[attention.layer] = known.unwrap_or_else(|| {
-                work.kinds.push((shape, Attention::work(attention, views, whole)));
+                work.kinds
+                    .push((shape, Attention::work(attention, views, whole)));
                 work.kinds.len() - 1
             });
         }
@@ -265,7 +375,13 @@ impl CpuRunner {
     }
 
     /// Makes all shared memory large enough for a pass.
-    fn reserve(&mut self, tokens: usize, rows: usize, few: bool, work: &AttentionWork) -> Result<()> {
+    fn reserve(
+        &mut self,
+        tokens: usize,
+        rows: usize,
+        few: bool,
+        work: &AttentionWork,
+    ) -> Result<()> {
         let m = &self.model;
         for (b, buffer) in self.memory.buffers.iter_mut().enumerate() {
             buffer.reserve(match b {
@@ -278,20 +394,34 @@ impl CpuRunner {
             let mut seen = vec![false; m.memories];
             for spec in &m.acts {
                 if !std::mem::replace(&mut seen[spec.memory], true) {
-                    let rows = if spec.buffer == m.head_rows { rows } else { tokens };
-                    self.memory.acts.own(spec.memory).reserve(self.isa, &spec.input, rows)?;
+                    let rows = if spec.buffer == m.head_rows {
+                        rows
+                    } else {
+                        tokens
+                    };
+                    self.memory
+                        .acts
+                        .own(spec.memory)
+                        .reserve(self.isa, &spec.input, rows)?;
                 }
             }
         }
         for (i, (shape, work)) in work.kinds.iter().enumerate() {
             let width = shape.3 + 2;
-            if self.memory.partials.get(i).is_none_or(|p| p.width() != width) {
+            if self
+                .memory
+                .partials
+                .get(i)
+                .is_none_or(|p| p.width() != width)
+            {
                 self.memory.partials.truncate(i);
                 self.memory.partials.push(Rows::new(work.partials, width)?);
             }
             self.memory.partials[i].reserve(work.partials)?;
             if self.memory.finished.len() < work.groups {
-                self.memory.finished.resize_with(work.groups, || AtomicU32::new(0));
+                self.memory
+                    .finished
+                    .resize_with(work.groups, || AtomicU32::new(0));
             }
         }
         Ok(())
@@ -311,7 +441,10 @@ struct AttentionWork {
 /// Zeros, or an error instead of an abort where there is no room.
 fn zeros(shape: &[usize]) -> Result<Vec<f32>> {
     let refuse = || Error::Memory(format!("cannot allocate an output of shape {shape:?}"));
-    let n = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(refuse)?;
+    let n = shape
+        .iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(d))
+        .ok_or_else(refuse)?;
     let mut v = Vec::new();
     v.try_reserve_exact(n).map_err(|_| refuse())?;
     v.resize(n, 0.0);
@@ -338,7 +471,9 @@ impl Runner for CpuRunner {
 
     fn fork(&mut self, sequence: SequenceId, planned: usize) -> Result<SequenceId> {
         self.check_planned(planned)?;
-        self.cache.fork(sequence, planned).ok_or_else(|| Error::Argument(format!("sequence {} is not open", sequence.0)))
+        self.cache
+            .fork(sequence, planned)
+            .ok_or_else(|| Error::Argument(format!("sequence {} is not open", sequence.0)))
     }
 
     fn run(&mut self, batch: &[Part<'_>], want: Want, cancel: &AtomicBool) -> Result<Output> {
@@ -353,7 +488,10 @@ impl Runner for CpuRunner {
         }
         // A step that ended early may have left counts.
         if result.is_err() {
-            self.memory.finished.iter_mut().for_each(|f| *f.get_mut() = 0);
+            self.memory
+                .finished
+                .iter_mut()
+                .for_each(|f| *f.get_mut() = 0);
         }
         result
     }
@@ -371,7 +509,9 @@ impl CpuRunner {
     fn check_planned(&self, planned: usize) -> Result<()> {
         let context = self.program.context;
         if planned > context {
-            return Err(Error::ContextOverflow(format!("{planned} tokens planned, the context holds {context}")));
+            return Err(Error::ContextOverflow(format!(
+                "{planned} tokens planned, the context holds {context}"
+            )));
         }
         Ok(())
     }

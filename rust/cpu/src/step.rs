@@ -37,7 +37,9 @@ impl Own {
     pub(crate) fn new(model: &Model) -> Result<Self> {
         Ok(Self {
             rows: vec![Vec::new(); model.widths.len()],
-            acts: (0..model.memories).map(|_| Acts::new()).collect::<Result<_>>()?,
+            acts: (0..model.memories)
+                .map(|_| Acts::new())
+                .collect::<Result<_>>()?,
             scratch: Vec::new(),
             attention: attention::Scratch::default(),
             routes: Routes::default(),
@@ -99,7 +101,10 @@ impl Pass<'_> {
                 team.barrier()?;
             }
             if let Err(error) = self.work(step.work, team, own) {
-                self.error.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
+                self.error
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .get_or_insert(error);
                 return Err(Stop);
             }
         }
@@ -114,11 +119,15 @@ impl Pass<'_> {
         let buffer = |b: usize| &self.memory.buffers[b];
         match work {
             Work::Embed(at) => {
-                let Op::Embed { embed, out } = &m.ops[at] else { return Ok(()) };
+                let Op::Embed { embed, out } = &m.ops[at] else {
+                    return Ok(());
+                };
                 team.for_each(tokens, |t| self.embed(embed, *out, t, &mut own.scratch));
             }
             Work::Norm(at) => {
-                let Op::Norm { x, norm: n, out } = &m.ops[at] else { return Ok(()) };
+                let Op::Norm { x, norm: n, out } = &m.ops[at] else {
+                    return Ok(());
+                };
                 team.for_each(tokens, |t| {
                     // SAFETY: see above; the row of x may be the row of out, so it is copied.
                     let out = unsafe {
@@ -130,19 +139,30 @@ impl Pass<'_> {
                 });
             }
             Work::OwnNorm(at) => {
-                let Op::Norm { x, norm: n, out } = &m.ops[at] else { return Ok(()) };
+                let Op::Norm { x, norm: n, out } = &m.ops[at] else {
+                    return Ok(());
+                };
                 let stride = buffer(*out).stride();
                 own.rows[*out].resize(tokens * stride, 0.0);
                 for (t, to) in own.rows[*out].chunks_exact_mut(stride).enumerate() {
                     // SAFETY: see above.
-                    norm(self.isa, n, unsafe { buffer(*x).row(t) }, &mut to[..m.widths[*out]]);
+                    norm(
+                        self.isa,
+                        n,
+                        unsafe { buffer(*x).row(t) },
+                        &mut to[..m.widths[*out]],
+                    );
                 }
             }
             Work::Shape(acts) => {
                 if team.index() == 0 {
                     // SAFETY: see above; the other threads wait at the next barrier.
                     let memory = unsafe { self.memory.acts.get_mut(m.acts[acts].memory) };
-                    memory.reserve(self.isa, &m.acts[acts].input, self.rows_of(m.acts[acts].buffer))?;
+                    memory.reserve(
+                        self.isa,
+                        &m.acts[acts].input,
+                        self.rows_of(m.acts[acts].buffer),
+                    )?;
                 }
             }
             Work::Fill(acts) => {
@@ -150,20 +170,47 @@ impl Pass<'_> {
                 // SAFETY: see above.
                 let memory = unsafe { self.memory.acts.get(m.acts[acts].memory) };
                 // SAFETY: see above.
-                team.for_each(memory.tiles(), |tile| unsafe { memory.fill(rows.base(), rows.stride(), tile..tile + 1) });
+                team.for_each(memory.tiles(), |tile| unsafe {
+                    memory.fill(rows.base(), rows.stride(), tile..tile + 1)
+                });
             }
-            Work::OwnFill { acts, own: from_own } => self.own_fill(acts, from_own, own)?,
+            Work::OwnFill {
+                acts,
+                own: from_own,
+            } => self.own_fill(acts, from_own, own)?,
             Work::Linear(at) => {
-                let Op::Linear { projection, out, .. } = &m.ops[at] else { return Ok(()) };
+                let Op::Linear {
+                    projection, out, ..
+                } = &m.ops[at]
+                else {
+                    return Ok(());
+                };
                 let to = target(buffer(*out));
                 let Own { acts, scratch, .. } = own;
                 team.for_each(projection.items(tokens, team.threads()), |item| {
                     // SAFETY: see above.
-                    unsafe { projection.item(self.isa, item, team.threads(), |a| self.acts(acts, a), to, scratch) };
+                    unsafe {
+                        projection.item(
+                            self.isa,
+                            item,
+                            team.threads(),
+                            |a| self.acts(acts, a),
+                            to,
+                            scratch,
+                        )
+                    };
                 });
             }
             Work::Rotate(at) => {
-                let Op::Attention { qkv, rotation, attention, out } = &m.ops[at] else { return Ok(()) };
+                let Op::Attention {
+                    qkv,
+                    rotation,
+                    attention,
+                    out,
+                } = &m.ops[at]
+                else {
+                    return Ok(());
+                };
                 let shared = self.attention(attention, *qkv, *out);
                 team.for_each(tokens, |t| {
                     let view = &self.views[self.views.partition_point(|v| v.row <= t) - 1];
@@ -172,41 +219,80 @@ impl Pass<'_> {
                 });
             }
             Work::Attend(at) => {
-                let Op::Attention { qkv, rotation, attention, out } = &m.ops[at] else { return Ok(()) };
+                let Op::Attention {
+                    qkv,
+                    rotation,
+                    attention,
+                    out,
+                } = &m.ops[at]
+                else {
+                    return Ok(());
+                };
                 let shared = self.attention(attention, *qkv, *out);
-                self.attend(team, attention, self.plan.few.then_some(rotation), &shared, &mut own.attention)?;
+                self.attend(
+                    team,
+                    attention,
+                    self.plan.few.then_some(rotation),
+                    &shared,
+                    &mut own.attention,
+                )?;
             }
             Work::Add(at) => {
-                let Op::Add { x, scale, into } = &m.ops[at] else { return Ok(()) };
+                let Op::Add { x, scale, into } = &m.ops[at] else {
+                    return Ok(());
+                };
                 team.for_each(tokens, |t| {
                     // SAFETY: see above.
                     let (y, sum) = unsafe { (buffer(*x).row(t), buffer(*into).row_mut(t)) };
-                    dispatch(self.isa, AddScaled { sum, weight: *scale, y });
+                    dispatch(
+                        self.isa,
+                        AddScaled {
+                            sum,
+                            weight: *scale,
+                            y,
+                        },
+                    );
                 });
             }
             Work::Hidden(at) => {
-                let Op::Hidden { x, index } = &m.ops[at] else { return Ok(()) };
-                let Some(to) = self.hidden.get(*index) else { return Ok(()) };
+                let Op::Hidden { x, index } = &m.ops[at] else {
+                    return Ok(());
+                };
+                let Some(to) = self.hidden.get(*index) else {
+                    return Ok(());
+                };
                 team.for_each(tokens, |t| {
                     // SAFETY: see above; the output has a row for every token.
-                    let to = unsafe { std::slice::from_raw_parts_mut(to.at.add(t * to.stride), m.widths[*x]) };
+                    let to = unsafe {
+                        std::slice::from_raw_parts_mut(to.at.add(t * to.stride), m.widths[*x])
+                    };
                     // SAFETY: see above.
                     to.copy_from_slice(unsafe { buffer(*x).row(t) });
                 });
             }
             Work::Gather(at) => {
-                let Op::Head { x, .. } = &m.ops[at] else { return Ok(()) };
+                let Op::Head { x, .. } = &m.ops[at] else {
+                    return Ok(());
+                };
                 team.for_each(self.rows.len(), |i| {
                     // SAFETY: see above.
-                    unsafe { buffer(m.head_rows).part_mut(i, 0, m.widths[*x]).copy_from_slice(buffer(*x).row(self.rows[i])) };
+                    unsafe {
+                        buffer(m.head_rows)
+                            .part_mut(i, 0, m.widths[*x])
+                            .copy_from_slice(buffer(*x).row(self.rows[i]))
+                    };
                 });
             }
             Work::OwnGather { at, own: from_own } => {
-                let Op::Head { x, .. } = &m.ops[at] else { return Ok(()) };
+                let Op::Head { x, .. } = &m.ops[at] else {
+                    return Ok(());
+                };
                 self.own_gather(*x, from_own, own);
             }
             Work::Head(at) => {
-                let Op::Head { head, .. } = &m.ops[at] else { return Ok(()) };
+                let Op::Head { head, .. } = &m.ops[at] else {
+                    return Ok(());
+                };
                 self.head(team, head, own);
             }
             Work::Router(_)
@@ -222,7 +308,11 @@ impl Pass<'_> {
 
     /// Rows that a buffer has in this pass.
     fn rows_of(&self, buffer: usize) -> usize {
-        if buffer == self.model.head_rows { self.rows.len() } else { self.ids.len() }
+        if buffer == self.model.head_rows {
+            self.rows.len()
+        } else {
+            self.ids.len()
+        }
     }
 
     /// Activations of number `acts`: this thread's own or the shared ones, as the plan says.
@@ -246,14 +336,21 @@ impl Pass<'_> {
         let rows = &self.memory.buffers[spec.buffer];
         let memory = &mut own.acts[spec.memory];
         memory.reserve(self.isa, &spec.input, self.rows_of(spec.buffer))?;
-        let from = if from_own { own.rows[spec.buffer].as_ptr() } else { rows.base().cast_const() };
+        let from = if from_own {
+            own.rows[spec.buffer].as_ptr()
+        } else {
+            rows.base().cast_const()
+        };
         // SAFETY: see `work`; own rows lie like shared ones.
         unsafe { memory.fill(from, rows.stride(), 0..memory.tiles()) };
         Ok(())
     }
 
     fn own_gather(&self, x: usize, from_own: bool, own: &mut Own) {
-        let (width, stride) = (self.model.widths[x], self.memory.buffers[self.model.head_rows].stride());
+        let (width, stride) = (
+            self.model.widths[x],
+            self.memory.buffers[self.model.head_rows].stride(),
+        );
         let mut gathered = std::mem::take(&mut own.rows[self.model.head_rows]);
         gathered.resize(self.rows.len() * stride, 0.0);
         for (to, &token) in gathered.chunks_exact_mut(stride).zip(self.rows) {
@@ -312,20 +409,53 @@ impl Pass<'_> {
         }
         let part = &head.projection.parts[0];
         let vocab = part.matrix.rows();
-        let Own { acts, scratch, best, .. } = own;
+        let Own {
+            acts,
+            scratch,
+            best,
+            ..
+        } = own;
         let mut rows: Vec<f32> = Vec::new();
         team.for_each(head.projection.items(n, team.threads()), |item| {
             let ids = head.projection.span(item, n, team.threads());
             rows.resize(n * ids.len(), 0.0);
-            let to = Target { at: rows.as_mut_ptr().wrapping_sub(ids.start), stride: ids.len() };
+            let to = Target {
+                at: rows.as_mut_ptr().wrapping_sub(ids.start),
+                stride: ids.len(),
+            };
             // SAFETY: `rows` has a row of the item's columns for every token; see `work`.
-            unsafe { head.projection.item(self.isa, item, team.threads(), |a| self.acts(acts, a), to, scratch) };
-            for (r, (logits, best)) in rows.chunks_exact_mut(ids.len()).zip(best.iter_mut()).enumerate() {
-                *best = best.merge(dispatch(self.isa, Logits { head, logits, first: ids.start as u32 }));
+            unsafe {
+                head.projection.item(
+                    self.isa,
+                    item,
+                    team.threads(),
+                    |a| self.acts(acts, a),
+                    to,
+                    scratch,
+                )
+            };
+            for (r, (logits, best)) in rows
+                .chunks_exact_mut(ids.len())
+                .zip(best.iter_mut())
+                .enumerate()
+            {
+                *best = best.merge(dispatch(
+                    self.isa,
+                    Logits {
+                        head,
+                        logits,
+                        first: ids.start as u32,
+                    },
+                ));
                 if let Some(to) = self.logits {
                     debug_assert!(ids.end <= vocab);
                     // SAFETY: the output has `vocab` logits for every row; this thread has these.
-                    let to = unsafe { std::slice::from_raw_parts_mut(to.at.add(r * to.stride + ids.start), ids.len()) };
+                    let to = unsafe {
+                        std::slice::from_raw_parts_mut(
+                            to.at.add(r * to.stride + ids.start),
+                            ids.len(),
+                        )
+                    };
                     to.copy_from_slice(logits);
                 }
             }
@@ -344,26 +474,58 @@ impl Pass<'_> {
             return Ok(());
         };
         let m = self.model;
-        let Op::Experts { x, experts: mixture, into } = &m.ops[at] else { return Ok(()) };
+        let Op::Experts {
+            x,
+            experts: mixture,
+            into,
+        } = &m.ops[at]
+        else {
+            return Ok(());
+        };
         let (tokens, threads) = (self.ids.len(), team.threads());
         let buffer = |b: usize| &self.memory.buffers[b];
-        let Own { acts, scratch, routes, .. } = own;
+        let Own {
+            acts,
+            scratch,
+            routes,
+            ..
+        } = own;
         match work {
             Work::Router(_) => team.for_each(mixture.router.items(tokens, threads), |item| {
                 // SAFETY: see `work`.
-                unsafe { mixture.router.item(self.isa, item, threads, |a| self.acts(acts, a), target(buffer(m.router)), scratch) };
+                unsafe {
+                    mixture.router.item(
+                        self.isa,
+                        item,
+                        threads,
+                        |a| self.acts(acts, a),
+                        target(buffer(m.router)),
+                        scratch,
+                    )
+                };
             }),
             Work::Route(_) => {
                 // SAFETY: see `work`.
-                routes.route(self.isa, mixture, tokens, |t| unsafe { &buffer(m.router).row(t)[..mixture.experts.len()] });
+                routes.route(self.isa, mixture, tokens, |t| unsafe {
+                    &buffer(m.router).row(t)[..mixture.experts.len()]
+                });
             }
             Work::ExpertsFill(_) => return self.experts_fill(team, mixture, routes, scratch, *x),
             Work::ExpertsFillInner(_) => return self.experts_fill_inner(team, mixture, routes),
             Work::ExpertsUp(_) | Work::ExpertsDown(_) => {
                 let up = matches!(work, Work::ExpertsUp(_));
                 let out = buffer(if up { m.inner } else { m.outer });
-                let projection = |e: usize| if up { &mixture.experts[e].up } else { &mixture.experts[e].down };
-                let items = routes.active().map(|(e, slots)| projection(e).items(slots.len(), threads)).sum();
+                let projection = |e: usize| {
+                    if up {
+                        &mixture.experts[e].up
+                    } else {
+                        &mixture.experts[e].down
+                    }
+                };
+                let items = routes
+                    .active()
+                    .map(|(e, slots)| projection(e).items(slots.len(), threads))
+                    .sum();
                 let (mut active, mut before) = (routes.active().peekable(), 0);
                 let mut last = 0;
                 team.for_each(items, |item| {
@@ -374,11 +536,23 @@ impl Pass<'_> {
                     while let Some((e, slots)) = active.peek() {
                         let n = projection(*e).items(slots.len(), threads);
                         if item < before + n {
-                            let to = Target { at: out.base().wrapping_add(slots.start * out.stride()), stride: out.stride() };
+                            let to = Target {
+                                at: out.base().wrapping_add(slots.start * out.stride()),
+                                stride: out.stride(),
+                            };
                             // SAFETY: see `work`; slots of an expert are its own rows.
                             let acts = |a: usize| unsafe { self.memory.expert_acts.get(3 * e + a) };
                             // SAFETY: as above.
-                            unsafe { projection(*e).item(self.isa, item - before, threads, acts, to, scratch) };
+                            unsafe {
+                                projection(*e).item(
+                                    self.isa,
+                                    item - before,
+                                    threads,
+                                    acts,
+                                    to,
+                                    scratch,
+                                )
+                            };
                             return;
                         }
                         before += n;
@@ -394,20 +568,44 @@ impl Pass<'_> {
                 for &(slot, weight) in &routes.chosen[t * mixture.top_k..(t + 1) * mixture.top_k] {
                     // SAFETY: see `work`.
                     let y = unsafe { &buffer(m.outer).row(slot)[..into.len()] };
-                    dispatch(self.isa, AddScaled { sum: scratch, weight, y });
+                    dispatch(
+                        self.isa,
+                        AddScaled {
+                            sum: scratch,
+                            weight,
+                            y,
+                        },
+                    );
                 }
-                dispatch(self.isa, AddScaled { sum: into, weight: mixture.scale, y: scratch });
+                dispatch(
+                    self.isa,
+                    AddScaled {
+                        sum: into,
+                        weight: mixture.scale,
+                        y: scratch,
+                    },
+                );
             }),
         }
         Ok(())
     }
 
     /// Gathers the rows of each expert with tokens into its activations.
-    fn experts_fill(&self, team: &Team<'_>, mixture: &Experts, routes: &Routes, scratch: &mut Vec<f32>, x: usize) -> Result<()> {
+    fn experts_fill(
+        &self,
+        team: &Team<'_>,
+        mixture: &Experts,
+        routes: &Routes,
+        scratch: &mut Vec<f32>,
+        x: usize,
+    ) -> Result<()> {
         let rows = &self.memory.buffers[x];
         let mut result = Ok(());
         team.for_each(routes.active.len() - 1, |i| {
-            let (e, slots) = (routes.active[i].0, routes.active[i].1..routes.active[i + 1].1);
+            let (e, slots) = (
+                routes.active[i].0,
+                routes.active[i].1..routes.active[i + 1].1,
+            );
             scratch.clear();
             for slot in slots.clone() {
                 // SAFETY: see `work`.
@@ -426,18 +624,30 @@ impl Pass<'_> {
     }
 
     /// The same for what goes down.
-    fn experts_fill_inner(&self, team: &Team<'_>, mixture: &Experts, routes: &Routes) -> Result<()> {
+    fn experts_fill_inner(
+        &self,
+        team: &Team<'_>,
+        mixture: &Experts,
+        routes: &Routes,
+    ) -> Result<()> {
         let rows = &self.memory.buffers[self.model.inner];
         let mut result = Ok(());
         team.for_each(routes.active.len() - 1, |i| {
-            let (e, slots) = (routes.active[i].0, routes.active[i].1..routes.active[i + 1].1);
+            let (e, slots) = (
+                routes.active[i].0,
+                routes.active[i].1..routes.active[i + 1].1,
+            );
             let part = &mixture.experts[e].down.parts[0];
             // SAFETY: see `work`; an expert is one item.
             let acts = unsafe { self.memory.expert_acts.get_mut(3 * e + part.acts) };
             match acts.reserve(self.isa, part.matrix.input(), slots.len()) {
                 // SAFETY: see `work`; the slots are rows of the buffer.
                 Ok(()) => unsafe {
-                    acts.fill(rows.base().wrapping_add(slots.start * rows.stride()), rows.stride(), 0..acts.tiles());
+                    acts.fill(
+                        rows.base().wrapping_add(slots.start * rows.stride()),
+                        rows.stride(),
+                        0..acts.tiles(),
+                    );
                 },
                 Err(error) => result = Err(error),
             }
@@ -447,5 +657,8 @@ impl Pass<'_> {
 }
 
 fn target(rows: &Rows) -> Target {
-    Target { at: rows.base(), stride: rows.stride() }
+    Target {
+        at: rows.base(),
+        stride: rows.stride(),
+    }
 }

@@ -17,7 +17,9 @@ impl Random {
     /// Somewhat normal, variance 1.
     pub(crate) fn value(&mut self) -> f32 {
         let bits = self.next();
-        let sum: f32 = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65536.0 - 0.5).sum();
+        let sum: f32 = (0..4)
+            .map(|i| ((bits >> (16 * i)) & 0xffff) as f32 / 65536.0 - 0.5)
+            .sum();
         sum * 1.732
     }
 
@@ -43,7 +45,10 @@ pub(crate) fn lane_sum(x: &[f32]) -> f32 {
 
 pub(crate) fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
-    a.iter().zip(b).enumerate().for_each(|(i, (a, b))| lanes[i % 16] = a.mul_add(*b, lanes[i % 16]));
+    a.iter()
+        .zip(b)
+        .enumerate()
+        .for_each(|(i, (a, b))| lanes[i % 16] = a.mul_add(*b, lanes[i % 16]));
     reduce(lanes)
 }
 

@@ -27,7 +27,9 @@ impl Random {
     }
 
     fn vector(&mut self, n: usize, scale: f32, mean: f32) -> Vec<f32> {
-        (0..n).map(|_| ((self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale + mean).collect()
+        (0..n)
+            .map(|_| ((self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale + mean)
+            .collect()
     }
 
     fn below(&mut self, n: usize) -> usize {
@@ -66,17 +68,33 @@ fn with(changes: Value) -> Value {
 }
 
 /// Random weights for the names that a spec needs and `extra` ones; `bits` of every k-bit matrix, None for dense.
-fn model(name: &'static str, spec: Value, extra: &[&str], bits: impl Fn(&str) -> Option<usize>) -> Model {
+fn model(
+    name: &'static str,
+    spec: Value,
+    extra: &[&str],
+    bits: impl Fn(&str) -> Option<usize>,
+) -> Model {
     let mut r = Random(name.len() as u64 * 77 + name.as_bytes()[0] as u64);
     let spec: ModelSpec = serde_json::from_value(spec).expect("a spec");
     let mut names: Vec<String> = vec!["embed.weight".into(), "final_norm.weight".into()];
-    names.extend(extra.iter().filter(|n| !n.starts_with("layer.")).map(ToString::to_string));
+    names.extend(
+        extra
+            .iter()
+            .filter(|n| !n.starts_with("layer."))
+            .map(ToString::to_string),
+    );
     for (i, layer) in spec.layers.iter().enumerate() {
-        let mut per_layer: Vec<String> = ["attn.in_norm", "attn.q", "attn.k", "attn.v", "attn.o"].map(|n| format!("{n}.weight")).to_vec();
+        let mut per_layer: Vec<String> = ["attn.in_norm", "attn.q", "attn.k", "attn.v", "attn.o"]
+            .map(|n| format!("{n}.weight"))
+            .to_vec();
         if !spec.parallel_residual {
             per_layer.push("mlp.in_norm.weight".into());
         }
-        let parts: &[&str] = if spec.mlp == "plain" { &["up", "down"] } else { &["gate", "up", "down"] };
+        let parts: &[&str] = if spec.mlp == "plain" {
+            &["up", "down"]
+        } else {
+            &["gate", "up", "down"]
+        };
         if layer.experts {
             per_layer.push("mlp.router.weight".into());
             for e in 0..spec.moe.as_ref().expect("moe").num_experts {
@@ -85,11 +103,20 @@ fn model(name: &'static str, spec: Value, extra: &[&str], bits: impl Fn(&str) ->
         } else {
             per_layer.extend(parts.iter().map(|p| format!("mlp.{p}.weight")));
         }
-        per_layer.extend(extra.iter().filter_map(|n| n.strip_prefix("layer.")).map(ToString::to_string));
+        per_layer.extend(
+            extra
+                .iter()
+                .filter_map(|n| n.strip_prefix("layer."))
+                .map(ToString::to_string),
+        );
         names.extend(per_layer.into_iter().map(|n| format!("layers.{i}.{n}")));
     }
     let program = compile(&spec, names.iter().map(String::as_str), None).expect("compiles");
-    let (h, q, kv) = (HIDDEN, spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
+    let (h, q, kv) = (
+        HIDDEN,
+        spec.num_attention_heads * spec.head_dim,
+        spec.num_key_value_heads * spec.head_dim,
+    );
     let inner = spec.intermediate_size;
     let weights = program.weights.iter().map(|full| {
         let parts: Vec<&str> = full.split('.').collect();
@@ -116,17 +143,28 @@ fn model(name: &'static str, spec: Value, extra: &[&str], bits: impl Fn(&str) ->
         };
         let n = shape.iter().product();
         let norm = part.contains("norm") && last == "weight";
-        let values = r.vector(n, if shape.len() == 2 { 0.25 } else { 0.4 }, if norm { 1.0 } else { 0.0 });
+        let values = r.vector(
+            n,
+            if shape.len() == 2 { 0.25 } else { 0.4 },
+            if norm { 1.0 } else { 0.0 },
+        );
         match bits(full).filter(|_| shape.len() == 2 && part != "positions") {
             Some(bits) => {
                 let options = kbit_tensor::QuantizeOptions::new(bits);
-                Weight::Quantised(kbit_tensor::quantize(&values, shape[0], shape[1], &options).expect("quantises"))
+                Weight::Quantised(
+                    kbit_tensor::quantize(&values, shape[0], shape[1], &options)
+                        .expect("quantises"),
+                )
             }
             None => Weight::Dense(Tensor::from_f32(&shape, &values).expect("room")),
         }
     });
     let weights = weights.collect();
-    Model { name, program: Arc::new(program), weights }
+    Model {
+        name,
+        program: Arc::new(program),
+        weights,
+    }
 }
 
 fn models() -> Vec<Model> {
@@ -139,44 +177,101 @@ fn models() -> Vec<Model> {
     let norms = ["layer.attn.out_norm.weight", "layer.mlp.out_norm.weight"];
     vec![
         model("llama k4", base(), &[], |_| Some(4)),
-        model("llama dense", with(json!({"hidden_act": "gelu"})), &["head.weight"], |_| None),
+        model(
+            "llama dense",
+            with(json!({"hidden_act": "gelu"})),
+            &["head.weight"],
+            |_| None,
+        ),
         model(
             "biases and q/k norms, mixed widths",
-            with(json!({"hidden_act": "gelu_tanh", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "embed_scale": 3.0})),
+            with(
+                json!({"hidden_act": "gelu_tanh", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "embed_scale": 3.0}),
+            ),
             &[
-                "layer.attn.q.bias", "layer.attn.k.bias", "layer.attn.v.bias", "layer.mlp.gate.bias", "layer.mlp.up.bias",
-                "layer.attn.q_norm.weight", "layer.attn.k_norm.weight", norms[0], norms[1],
+                "layer.attn.q.bias",
+                "layer.attn.k.bias",
+                "layer.attn.v.bias",
+                "layer.mlp.gate.bias",
+                "layer.mlp.up.bias",
+                "layer.attn.q_norm.weight",
+                "layer.attn.k_norm.weight",
+                norms[0],
+                norms[1],
             ],
-            |n| if n.contains("attn.q") { Some(3) } else if n.contains("attn.v") { None } else { Some(5) },
+            |n| {
+                if n.contains("attn.q") {
+                    Some(3)
+                } else if n.contains("attn.v") {
+                    None
+                } else {
+                    Some(5)
+                }
+            },
         ),
         model(
             "wide q/k norms",
             with(json!({"residual_scale": 0.5, "logit_scale": 0.25, "clip_qkv": 0.7})),
-            &["layer.attn.q_norm.weight", "layer.attn.k_norm.weight", "head.weight", "head.bias"],
+            &[
+                "layer.attn.q_norm.weight",
+                "layer.attn.k_norm.weight",
+                "head.weight",
+                "head.bias",
+            ],
             |_| Some(6),
         ),
         model(
             "parallel layer norms, positions, plain",
-            with(json!({"norm": "layer", "parallel_residual": true, "mlp": "plain", "hidden_act": "gelu", "position_offset": 2})),
-            &["embed.positions.weight", "final_norm.bias", "layer.attn.in_norm.bias", "layer.mlp.in_norm.weight", "embed.norm.weight"],
+            with(
+                json!({"norm": "layer", "parallel_residual": true, "mlp": "plain", "hidden_act": "gelu", "position_offset": 2}),
+            ),
+            &[
+                "embed.positions.weight",
+                "final_norm.bias",
+                "layer.attn.in_norm.bias",
+                "layer.mlp.in_norm.weight",
+                "embed.norm.weight",
+            ],
             |_| Some(4),
         ),
-        model("alibi", with(json!({"alibi": true, "layers": [{}, {"sliding_window": 5}], "hidden_act": "relu2", "mlp": "plain"})), &[], |_| Some(2)),
-        model("experts", moe("topk_softmax"), &["layer.attn.sinks"], |n| if n.contains("router") { None } else { Some(4) }),
-        model("experts too", moe("softmax_topk_renormalise"), &[], |_| Some(8)),
+        model(
+            "alibi",
+            with(
+                json!({"alibi": true, "layers": [{}, {"sliding_window": 5}], "hidden_act": "relu2", "mlp": "plain"}),
+            ),
+            &[],
+            |_| Some(2),
+        ),
+        model("experts", moe("topk_softmax"), &["layer.attn.sinks"], |n| {
+            if n.contains("router") { None } else { Some(4) }
+        }),
+        model("experts too", moe("softmax_topk_renormalise"), &[], |_| {
+            Some(8)
+        }),
     ]
 }
 
 static NEVER: AtomicBool = AtomicBool::new(false);
 
-const ALL: Want = Want { logits: true, hidden: false, attentions: false };
+const ALL: Want = Want {
+    logits: true,
+    hidden: false,
+    attentions: false,
+};
 
 fn on(model: &Model, isa: Isa, options: Options) -> Box<dyn Runner> {
-    Cpu::with_isa(isa).expect("available").prepare(model.program.clone(), model.weights.clone(), options).expect("prepares")
+    Cpu::with_isa(isa)
+        .expect("available")
+        .prepare(model.program.clone(), model.weights.clone(), options)
+        .expect("prepares")
 }
 
 fn part(sequence: SequenceId, ids: &[u32]) -> Part<'_> {
-    Part { sequence, ids, rows: Rows::All }
+    Part {
+        sequence,
+        ids,
+        rows: Rows::All,
+    }
 }
 
 /// Logits and arg-max of `ids` in steps of `chunk`.
@@ -184,7 +279,9 @@ fn logits(runner: &mut dyn Runner, ids: &[u32], chunk: usize) -> (Vec<f32>, Vec<
     let sequence = runner.open(ids.len()).expect("opens");
     let mut all = (Vec::new(), Vec::new());
     for ids in ids.chunks(chunk) {
-        let out = runner.run(&[part(sequence, ids)], ALL, &NEVER).expect("runs");
+        let out = runner
+            .run(&[part(sequence, ids)], ALL, &NEVER)
+            .expect("runs");
         all.0.extend(out.logits);
         all.1.extend(out.argmax);
     }
@@ -206,21 +303,50 @@ fn equals_the_reference_on_every_instruction_set() {
             (CacheType::BF16, Activations::F32),
             (CacheType::F32, Activations::Int8),
         ] {
-            let options = Options { activations, cache: kind, threads: 2, cache_bytes: 1 << 30 };
+            let options = Options {
+                activations,
+                cache: kind,
+                threads: 2,
+                cache_bytes: 1 << 30,
+            };
             let ids = ids(41, 5);
-            let mut reference = Reference.prepare(model.program.clone(), model.weights.clone(), options).expect("prepares");
-            let want = Want { logits: true, hidden: true, attentions: true };
+            let mut reference = Reference
+                .prepare(model.program.clone(), model.weights.clone(), options)
+                .expect("prepares");
+            let want = Want {
+                logits: true,
+                hidden: true,
+                attentions: true,
+            };
             let run = |runner: &mut dyn Runner| -> Output {
                 let sequence = runner.open(ids.len()).expect("opens");
-                runner.run(&[part(sequence, &ids)], want, &NEVER).expect("runs")
+                runner
+                    .run(&[part(sequence, &ids)], want, &NEVER)
+                    .expect("runs")
             };
             let expected = run(&mut *reference);
             for isa in Isa::available() {
                 let got = run(&mut *on(&model, isa, options));
-                assert_eq!(got.hidden, expected.hidden, "{}: hidden, {isa}, {kind:?}, {activations:?}", model.name);
-                assert_eq!(got.attentions, expected.attentions, "{}: attentions, {isa}, {kind:?}", model.name);
-                assert_eq!(got.logits, expected.logits, "{}: logits, {isa}, {kind:?}", model.name);
-                assert_eq!(got.argmax, expected.argmax, "{}: argmax, {isa}, {kind:?}", model.name);
+                assert_eq!(
+                    got.hidden, expected.hidden,
+                    "{}: hidden, {isa}, {kind:?}, {activations:?}",
+                    model.name
+                );
+                assert_eq!(
+                    got.attentions, expected.attentions,
+                    "{}: attentions, {isa}, {kind:?}",
+                    model.name
+                );
+                assert_eq!(
+                    got.logits, expected.logits,
+                    "{}: logits, {isa}, {kind:?}",
+                    model.name
+                );
+                assert_eq!(
+                    got.argmax, expected.argmax,
+                    "{}: argmax, {isa}, {kind:?}",
+                    model.name
+                );
             }
         }
     }
@@ -231,7 +357,11 @@ fn equals_the_reference_on_every_instruction_set() {
 fn threads_and_chunks_do_not_matter() {
     for model in models() {
         let ids = ids(70, 9);
-        let options = |threads| Options { threads, cache_bytes: 1 << 30, ..Options::default() };
+        let options = |threads| Options {
+            threads,
+            cache_bytes: 1 << 30,
+            ..Options::default()
+        };
         let expected = logits(&mut *on(&model, Isa::Scalar, options(1)), &ids, ids.len());
         assert_eq!(expected.0.len(), ids.len() * VOCAB);
         for threads in [1, 2, 3, 4] {
@@ -239,7 +369,11 @@ fn threads_and_chunks_do_not_matter() {
                 let mut runner = on(&model, isa, options(threads));
                 for chunk in [1, 2, 7, 64, ids.len()] {
                     let got = logits(&mut *runner, &ids, chunk);
-                    assert!(got == expected, "{}: {threads} threads, {isa}, chunks of {chunk}", model.name);
+                    assert!(
+                        got == expected,
+                        "{}: {threads} threads, {isa}, chunks of {chunk}",
+                        model.name
+                    );
                 }
                 assert_eq!(runner.cache_bytes(), 0, "closed sequences keep memory");
             }
@@ -252,13 +386,23 @@ fn threads_and_chunks_do_not_matter() {
 fn long_prompts() {
     for model in &models()[..2] {
         let ids = ids(690, 3);
-        let options = Options { threads: 3, cache_bytes: 1 << 30, ..Options::default() };
+        let options = Options {
+            threads: 3,
+            cache_bytes: 1 << 30,
+            ..Options::default()
+        };
         let isa = Isa::chosen().expect("there is one");
-        let mut reference = Reference.prepare(model.program.clone(), model.weights.clone(), options).expect("prepares");
+        let mut reference = Reference
+            .prepare(model.program.clone(), model.weights.clone(), options)
+            .expect("prepares");
         let expected = logits(&mut *reference, &ids, ids.len());
         let mut runner = on(model, isa, options);
         for chunk in [690, 300, 256, 33] {
-            assert!(logits(&mut *runner, &ids, chunk) == expected, "{}: chunks of {chunk}", model.name);
+            assert!(
+                logits(&mut *runner, &ids, chunk) == expected,
+                "{}: chunks of {chunk}",
+                model.name
+            );
         }
     }
 }
@@ -267,12 +411,26 @@ fn long_prompts() {
 #[test]
 fn batches_do_not_matter() {
     for model in models() {
-        let options = Options { threads: 3, cache_bytes: 1 << 30, ..Options::default() };
+        let options = Options {
+            threads: 3,
+            cache_bytes: 1 << 30,
+            ..Options::default()
+        };
         let isa = Isa::chosen().expect("there is one");
         let mut runner = on(&model, isa, options);
-        let prompts: Vec<Vec<u32>> = [3, 17, 1, 40, 9].iter().enumerate().map(|(i, &n)| ids(n, i as u64)).collect();
-        let alone: Vec<_> = prompts.iter().map(|p| logits(&mut *runner, p, p.len())).collect();
-        let sequences: Vec<_> = prompts.iter().map(|p| runner.open(p.len()).expect("opens")).collect();
+        let prompts: Vec<Vec<u32>> = [3, 17, 1, 40, 9]
+            .iter()
+            .enumerate()
+            .map(|(i, &n)| ids(n, i as u64))
+            .collect();
+        let alone: Vec<_> = prompts
+            .iter()
+            .map(|p| logits(&mut *runner, p, p.len()))
+            .collect();
+        let sequences: Vec<_> = prompts
+            .iter()
+            .map(|p| runner.open(p.len()).expect("opens"))
+            .collect();
         let mut together = vec![(Vec::new(), Vec::new()); prompts.len()];
         let mut r = Random(1);
         let mut at = vec![0; prompts.len()];
@@ -284,11 +442,16 @@ fn batches_do_not_matter() {
                     taken.push((i, n));
                 }
             }
-            let batch: Vec<_> = taken.iter().map(|&(i, n)| part(sequences[i], &prompts[i][at[i]..at[i] + n])).collect();
+            let batch: Vec<_> = taken
+                .iter()
+                .map(|&(i, n)| part(sequences[i], &prompts[i][at[i]..at[i] + n]))
+                .collect();
             let out = runner.run(&batch, ALL, &NEVER).expect("runs");
             let mut row = 0;
             for (i, n) in taken {
-                together[i].0.extend_from_slice(&out.logits[row * VOCAB..(row + n) * VOCAB]);
+                together[i]
+                    .0
+                    .extend_from_slice(&out.logits[row * VOCAB..(row + n) * VOCAB]);
                 together[i].1.extend_from_slice(&out.argmax[row..row + n]);
                 (row, at[i]) = (row + n, at[i] + n);
             }
@@ -300,17 +463,28 @@ fn batches_do_not_matter() {
 #[test]
 fn forks_and_truncation() {
     for model in &models()[..2] {
-        let options = Options { threads: 2, cache_bytes: 1 << 30, ..Options::default() };
+        let options = Options {
+            threads: 2,
+            cache_bytes: 1 << 30,
+            ..Options::default()
+        };
         let mut runner = on(model, Isa::chosen().expect("there is one"), options);
         let (a, b) = (ids(300, 1), ids(60, 2));
         let mut other = a[..270].to_vec();
         other.extend(&b);
-        let (expected_a, expected_b) = (logits(&mut *runner, &a, 300), logits(&mut *runner, &other, 330));
+        let (expected_a, expected_b) = (
+            logits(&mut *runner, &a, 300),
+            logits(&mut *runner, &other, 330),
+        );
 
         let first = runner.open(300).expect("opens");
-        runner.run(&[part(first, &a[..270])], Want::default(), &NEVER).expect("runs");
+        runner
+            .run(&[part(first, &a[..270])], Want::default(), &NEVER)
+            .expect("runs");
         let fork = runner.fork(first, 330).expect("forks");
-        let out = runner.run(&[part(first, &a[270..]), part(fork, &b)], ALL, &NEVER).expect("runs");
+        let out = runner
+            .run(&[part(first, &a[270..]), part(fork, &b)], ALL, &NEVER)
+            .expect("runs");
         assert_eq!(out.logits[..30 * VOCAB], expected_a.0[270 * VOCAB..]);
         assert_eq!(out.logits[30 * VOCAB..], expected_b.0[270 * VOCAB..]);
 
@@ -321,7 +495,9 @@ fn forks_and_truncation() {
         let out = runner.run(&[part(first, &b)], ALL, &NEVER).expect("runs");
         assert_eq!(out.logits, expected_b.0[270 * VOCAB..]);
         runner.truncate(first, 3);
-        let out = runner.run(&[part(first, &a[3..])], ALL, &NEVER).expect("runs");
+        let out = runner
+            .run(&[part(first, &a[3..])], ALL, &NEVER)
+            .expect("runs");
         assert_eq!(out.logits, expected_a.0[3 * VOCAB..]);
         runner.close(first);
         assert_eq!(runner.cache_bytes(), 0);
@@ -333,10 +509,26 @@ fn errors_change_nothing() {
     let model = &models()[0];
     let isa = Isa::chosen().expect("there is one");
     let page = 2 * 2 * 256 * (24 + 32) * 2;
-    let mut runner = on(model, isa, Options { threads: 2, cache_bytes: page * 2, ..Options::default() });
-    let (a, b) = (runner.open(700).expect("opens"), runner.open(700).expect("opens"));
-    let want = Want { logits: true, ..Want::default() };
-    let before = runner.run(&[part(a, &[1, 2, 3])], want, &NEVER).expect("runs");
+    let mut runner = on(
+        model,
+        isa,
+        Options {
+            threads: 2,
+            cache_bytes: page * 2,
+            ..Options::default()
+        },
+    );
+    let (a, b) = (
+        runner.open(700).expect("opens"),
+        runner.open(700).expect("opens"),
+    );
+    let want = Want {
+        logits: true,
+        ..Want::default()
+    };
+    let before = runner
+        .run(&[part(a, &[1, 2, 3])], want, &NEVER)
+        .expect("runs");
     let cases: Vec<(&str, Vec<Part<'_>>)> = vec![
         ("outside the vocabulary", vec![part(a, &[1, VOCAB as u32])]),
         ("twice", vec![part(a, &[1]), part(a, &[2])]),
@@ -350,15 +542,30 @@ fn errors_change_nothing() {
         }
     }
     let long = ids(698, 1);
-    assert!(matches!(runner.run(&[part(a, &long)], want, &NEVER), Err(Error::ContextOverflow(_))));
+    assert!(matches!(
+        runner.run(&[part(a, &long)], want, &NEVER),
+        Err(Error::ContextOverflow(_))
+    ));
     assert!(matches!(runner.open(701), Err(Error::ContextOverflow(_))));
     // The budget holds two pages of both layers: a third is refused, and what was reserved for b is given back.
-    assert!(matches!(runner.run(&[part(b, &[4]), part(a, &long[..600])], want, &NEVER), Err(Error::Memory(_))));
-    assert!(matches!(runner.run(&[part(a, &[5])], want, &AtomicBool::new(true)), Err(Error::Cancelled)));
+    assert!(matches!(
+        runner.run(&[part(b, &[4]), part(a, &long[..600])], want, &NEVER),
+        Err(Error::Memory(_))
+    ));
+    assert!(matches!(
+        runner.run(&[part(a, &[5])], want, &AtomicBool::new(true)),
+        Err(Error::Cancelled)
+    ));
     assert_eq!((runner.len(a), runner.len(b)), (3, 0));
-    assert!(runner.cache_bytes() <= page, "{} bytes", runner.cache_bytes());
+    assert!(
+        runner.cache_bytes() <= page,
+        "{} bytes",
+        runner.cache_bytes()
+    );
     runner.truncate(a, 0);
-    let after = runner.run(&[part(a, &[1, 2, 3])], want, &NEVER).expect("runs");
+    let after = runner
+        .run(&[part(a, &[1, 2, 3])], want, &NEVER)
+        .expect("runs");
     assert_eq!(before.logits, after.logits);
 }
 
@@ -366,12 +573,25 @@ fn errors_change_nothing() {
 fn weights_that_do_not_fit_are_named() {
     let model = &models()[0];
     let mut weights = model.weights.clone();
-    let at = model.program.weights.iter().position(|n| n == "layers.1.mlp.down.weight").expect("there");
+    let at = model
+        .program
+        .weights
+        .iter()
+        .position(|n| n == "layers.1.mlp.down.weight")
+        .expect("there");
     weights[at] = Weight::Dense(Tensor::from_f32(&[7, 3], &[0.0; 21]).expect("room"));
     let device = Cpu::new().expect("available");
-    match device.prepare(model.program.clone(), weights, Options::default()).map(|_| ()) {
+    match device
+        .prepare(model.program.clone(), weights, Options::default())
+        .map(|_| ())
+    {
         Err(Error::Format(text)) => {
-            assert!(text.contains("layers.1.mlp.down.weight") && text.contains("[7, 3]") && text.contains("160"), "{text}");
+            assert!(
+                text.contains("layers.1.mlp.down.weight")
+                    && text.contains("[7, 3]")
+                    && text.contains("160"),
+                "{text}"
+            );
         }
         other => panic!("{other:?}"),
     }
@@ -381,12 +601,28 @@ fn weights_that_do_not_fit_are_named() {
 #[test]
 fn nan_is_reported() {
     let mut model = models().remove(1);
-    let at = model.program.weights.iter().position(|n| n == "final_norm.weight").expect("there");
-    model.weights[at] = Weight::Dense(Tensor::from_f32(&[HIDDEN], &[f32::NAN; HIDDEN]).expect("room"));
+    let at = model
+        .program
+        .weights
+        .iter()
+        .position(|n| n == "final_norm.weight")
+        .expect("there");
+    model.weights[at] =
+        Weight::Dense(Tensor::from_f32(&[HIDDEN], &[f32::NAN; HIDDEN]).expect("room"));
     for isa in Isa::available() {
-        let mut runner = on(&model, isa, Options { threads: 2, cache_bytes: 1 << 30, ..Options::default() });
+        let mut runner = on(
+            &model,
+            isa,
+            Options {
+                threads: 2,
+                cache_bytes: 1 << 30,
+                ..Options::default()
+            },
+        );
         let sequence = runner.open(5).expect("opens");
-        let out = runner.run(&[part(sequence, &[1, 2])], Want::default(), &NEVER).expect("runs");
+        let out = runner
+            .run(&[part(sequence, &[1, 2])], Want::default(), &NEVER)
+            .expect("runs");
         assert_eq!(out.argmax, [u32::MAX, u32::MAX]);
     }
 }

@@ -105,12 +105,24 @@ macro_rules! element {
             #[inline(always)]
             unsafe fn keys<S: Simd>(s: S, page: &HeadPage, block: usize, dim: usize) -> S::F32 {
                 // SAFETY: inside the page by contract.
-                unsafe { s.$load(sixteen(page.keys.cast::<$number>().add((block * page.layout.head_dim + dim) * BLOCK))) }
+                unsafe {
+                    s.$load(sixteen(
+                        page.keys
+                            .cast::<$number>()
+                            .add((block * page.layout.head_dim + dim) * BLOCK),
+                    ))
+                }
             }
             #[inline(always)]
             unsafe fn values<S: Simd>(s: S, page: &HeadPage, position: usize, at: usize) -> S::F32 {
                 // SAFETY: inside the page by contract.
-                unsafe { s.$load(sixteen(page.values.cast::<$number>().add(position * page.layout.value_stride + at))) }
+                unsafe {
+                    s.$load(sixteen(
+                        page.values
+                            .cast::<$number>()
+                            .add(position * page.layout.value_stride + at),
+                    ))
+                }
             }
         }
     };
@@ -125,15 +137,26 @@ impl Element for I8 {
     unsafe fn keys<S: Simd>(s: S, page: &HeadPage, block: usize, dim: usize) -> S::F32 {
         // SAFETY: inside the page by contract.
         unsafe {
-            let q = s.load_i8(sixteen(page.keys.cast::<i8>().add((block * page.layout.head_dim + dim) * BLOCK)));
-            s.mul(s.to_f32(q), s.load(sixteen(page.key_scales.add(block * BLOCK))))
+            let q = s.load_i8(sixteen(
+                page.keys
+                    .cast::<i8>()
+                    .add((block * page.layout.head_dim + dim) * BLOCK),
+            ));
+            s.mul(
+                s.to_f32(q),
+                s.load(sixteen(page.key_scales.add(block * BLOCK))),
+            )
         }
     }
     #[inline(always)]
     unsafe fn values<S: Simd>(s: S, page: &HeadPage, position: usize, at: usize) -> S::F32 {
         // SAFETY: inside the page by contract.
         unsafe {
-            let q = s.load_i8(sixteen(page.values.cast::<i8>().add(position * page.layout.value_stride + at)));
+            let q = s.load_i8(sixteen(
+                page.values
+                    .cast::<i8>()
+                    .add(position * page.layout.value_stride + at),
+            ));
             s.mul(s.to_f32(q), s.splat(*page.value_scales.add(position)))
         }
     }
@@ -159,7 +182,11 @@ impl Chunk<'_> {
         if self.scores_only {
             return;
         }
-        assert!(self.out.len() == n * self.page.layout.value_stride && self.max.len() == n && self.sum.len() == n);
+        assert!(
+            self.out.len() == n * self.page.layout.value_stride
+                && self.max.len() == n
+                && self.sum.len() == n
+        );
         for i in 0..n {
             self.softmax(s, i);
         }
@@ -184,7 +211,12 @@ impl Chunk<'_> {
     fn tiles<S: Simd, E: Element, const N: usize>(&mut self, s: S) {
         let n = self.queries.len();
         let seen = |from: usize, to: usize, queries: &[Query], start| {
-            let ranges = || queries[from..to].iter().map(|q| q.range(start)).filter(|r| !r.is_empty());
+            let ranges = || {
+                queries[from..to]
+                    .iter()
+                    .map(|q| q.range(start))
+                    .filter(|r| !r.is_empty())
+            };
             let first = ranges().map(|r| r.start).min().unwrap_or(0);
             first / BLOCK..ranges().map(|r| r.end).max().unwrap_or(0).div_ceil(BLOCK)
         };
@@ -233,11 +265,18 @@ impl Chunk<'_> {
                 let [a, b, c, d] = lanes[n];
                 let quarter = s.add(s.add(a, c), s.add(b, d));
                 let half = &mut halves[n][turn / 2];
-                *half = if turn % 2 == 0 { quarter } else { s.add(*half, quarter) };
+                *half = if turn % 2 == 0 {
+                    quarter
+                } else {
+                    s.add(*half, quarter)
+                };
             }
         }
         for n in 0..N {
-            let mut x = s.mul(s.add(halves[n][0], halves[n][1]), s.splat(self.scoring.scale));
+            let mut x = s.mul(
+                s.add(halves[n][0], halves[n][1]),
+                s.splat(self.scoring.scale),
+            );
             if let Some(cap) = self.scoring.softcap {
                 x = s.mul(s.splat(cap), math::tanh(s, s.div(x, s.splat(cap))));
             }
@@ -314,7 +353,12 @@ impl Chunk<'_> {
     }
 
     #[inline(always)]
-    fn columns<S: Simd, E: Element, const N: usize, const D: usize>(&mut self, s: S, i: usize, positions: Range<usize>) {
+    fn columns<S: Simd, E: Element, const N: usize, const D: usize>(
+        &mut self,
+        s: S,
+        i: usize,
+        positions: Range<usize>,
+    ) {
         let stride = self.page.layout.value_stride;
         let mut at = 0;
         while at + D * LANES <= stride {
@@ -328,7 +372,13 @@ impl Chunk<'_> {
     }
 
     #[inline(always)]
-    fn accumulate<S: Simd, E: Element, const N: usize, const D: usize>(&mut self, s: S, i: usize, at: usize, positions: Range<usize>) {
+    fn accumulate<S: Simd, E: Element, const N: usize, const D: usize>(
+        &mut self,
+        s: S,
+        i: usize,
+        at: usize,
+        positions: Range<usize>,
+    ) {
         let stride = self.page.layout.value_stride;
         let p = self.scores[i * PAGE..(i + N) * PAGE].as_ptr();
         let out = &mut self.out[i * stride..(i + N) * stride];
@@ -361,7 +411,9 @@ impl Chunk<'_> {
 }
 
 /// 0, 1, ..., 15.
-const STEPS: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+const STEPS: [f32; LANES] = [
+    0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
+];
 
 #[inline(always)]
 fn load_block<S: Simd>(s: S, x: &[f32]) -> S::F32 {
@@ -410,7 +462,14 @@ impl Widen {
                 // SAFETY: both pages hold the block and dimension; `to` is this thread's own.
                 unsafe {
                     let keys = E::keys(s, &self.from, block, dim);
-                    s.store(keys, &mut *self.to.keys.cast::<[f32; LANES]>().add(block * head_dim + dim));
+                    s.store(
+                        keys,
+                        &mut *self
+                            .to
+                            .keys
+                            .cast::<[f32; LANES]>()
+                            .add(block * head_dim + dim),
+                    );
                 }
             }
         }
@@ -419,7 +478,14 @@ impl Widen {
                 // SAFETY: as above.
                 unsafe {
                     let values = E::values(s, &self.from, position, at);
-                    s.store(values, &mut *self.to.values.cast::<[f32; LANES]>().add((position * stride + at) / LANES));
+                    s.store(
+                        values,
+                        &mut *self
+                            .to
+                            .values
+                            .cast::<[f32; LANES]>()
+                            .add((position * stride + at) / LANES),
+                    );
                 }
             }
         }
@@ -442,11 +508,26 @@ impl SimdOp for Append<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let (page, position) = (&self.page, self.position);
-        assert!(self.key.len() == page.layout.head_dim && self.value.len() == page.layout.head_dim && position < PAGE);
+        assert!(
+            self.key.len() == page.layout.head_dim
+                && self.value.len() == page.layout.head_dim
+                && position < PAGE
+        );
         for (x, of_key) in [(self.key, true), (self.value, false)] {
-            let scale = if self.kind == CacheType::I8 { Scale::of(s, x) } else { Scale { scale: 0.0, inverse: 0.0 } };
+            let scale = if self.kind == CacheType::I8 {
+                Scale::of(s, x)
+            } else {
+                Scale {
+                    scale: 0.0,
+                    inverse: 0.0,
+                }
+            };
             if self.kind == CacheType::I8 {
-                let scales = if of_key { page.key_scales } else { page.value_scales };
+                let scales = if of_key {
+                    page.key_scales
+                } else {
+                    page.value_scales
+                };
                 // SAFETY: one scale per position of the page.
                 unsafe { *scales.add(position) = scale.scale };
             }
@@ -455,7 +536,10 @@ impl SimdOp for Append<'_> {
                 let v = crate::norm::load(s, &x[at..at + n]);
                 // Element i of 16 goes to `first + i * step`.
                 let (first, step) = if of_key {
-                    ((position / BLOCK * page.layout.head_dim + at) * BLOCK + position % BLOCK, BLOCK)
+                    (
+                        (position / BLOCK * page.layout.head_dim + at) * BLOCK + position % BLOCK,
+                        BLOCK,
+                    )
                 } else {
                     (position * page.layout.value_stride + at, 1)
                 };
@@ -466,13 +550,18 @@ impl SimdOp for Append<'_> {
                     match self.kind {
                         CacheType::F16 | CacheType::BF16 => {
                             let mut bits = [0u16; LANES];
-                            if self.kind == CacheType::F16 { s.store_f16(v, &mut bits) } else { s.store_bf16(v, &mut bits) }
+                            if self.kind == CacheType::F16 {
+                                s.store_f16(v, &mut bits)
+                            } else {
+                                s.store_bf16(v, &mut bits)
+                            }
                             (0..n).for_each(|i| *to.cast::<u16>().add(first + i * step) = bits[i]);
                         }
                         CacheType::F32 => {
                             let mut values = [0f32; LANES];
                             s.store(v, &mut values);
-                            (0..n).for_each(|i| *to.cast::<f32>().add(first + i * step) = values[i]);
+                            (0..n)
+                                .for_each(|i| *to.cast::<f32>().add(first + i * step) = values[i]);
                         }
                         CacheType::I8 => {
                             let mut codes = [0i8; LANES];
@@ -502,11 +591,20 @@ impl Scale {
         let amax = s.reduce_max(max);
         // `max` passes NaN by, so it is looked for apart.
         if !amax.is_finite() || x.iter().any(|v| v.is_nan()) {
-            Self { scale: f32::NAN, inverse: 0.0 }
+            Self {
+                scale: f32::NAN,
+                inverse: 0.0,
+            }
         } else if amax <= 1e-30 {
-            Self { scale: 0.0, inverse: 0.0 }
+            Self {
+                scale: 0.0,
+                inverse: 0.0,
+            }
         } else {
-            Self { scale: amax / 127.0, inverse: 127.0 / amax }
+            Self {
+                scale: amax / 127.0,
+                inverse: 127.0 / amax,
+            }
         }
     }
 }
@@ -530,7 +628,10 @@ impl SimdOp for Merge<'_> {
         *big_l = *big_l * a + l * b;
         *big_m = new;
         for (big, o) in big_o.chunks_exact_mut(LANES).zip(o.chunks_exact(LANES)) {
-            let sum = s.add(s.mul(load_block(s, big), s.splat(a)), s.mul(load_block(s, o), s.splat(b)));
+            let sum = s.add(
+                s.mul(load_block(s, big), s.splat(a)),
+                s.mul(load_block(s, o), s.splat(b)),
+            );
             store_block(s, sum, big);
         }
     }
@@ -567,7 +668,11 @@ impl SimdOp for Finish<'_> {
             *self.max = new;
             factor = Some(a);
         }
-        for (o, out) in self.running.chunks_exact(LANES).zip(self.out.chunks_mut(LANES)) {
+        for (o, out) in self
+            .running
+            .chunks_exact(LANES)
+            .zip(self.out.chunks_mut(LANES))
+        {
             let mut o = load_block(s, o);
             if let Some(a) = factor {
                 o = s.mul(o, s.splat(a));

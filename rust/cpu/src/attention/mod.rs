@@ -162,15 +162,33 @@ impl Attention {
             for kv_head in 0..self.kv_heads {
                 if view.tokens > SPLIT || whole {
                     let block = (QUERIES / group).clamp(4, 64);
-                    let blocks = (0..view.tokens).step_by(block).map(|from| from..view.tokens.min(from + block));
-                    work.items.extend(blocks.map(|tokens| Item { view: v, kv_head, tokens, chunk: None }));
+                    let blocks = (0..view.tokens)
+                        .step_by(block)
+                        .map(|from| from..view.tokens.min(from + block));
+                    work.items.extend(blocks.map(|tokens| Item {
+                        view: v,
+                        kv_head,
+                        tokens,
+                        chunk: None,
+                    }));
                     continue;
                 }
                 let first_row = work.partials;
                 for (i, chunk) in chunks.clone().enumerate() {
                     let row = first_row + i * view.tokens * group;
-                    let split = Split { start: chunk * PAGE, group: work.groups, row, first_row, chunks: chunks.len() };
-                    work.items.push(Item { view: v, kv_head, tokens: 0..view.tokens, chunk: Some(split) });
+                    let split = Split {
+                        start: chunk * PAGE,
+                        group: work.groups,
+                        row,
+                        first_row,
+                        chunks: chunks.len(),
+                    };
+                    work.items.push(Item {
+                        view: v,
+                        kv_head,
+                        tokens: 0..view.tokens,
+                        chunk: Some(split),
+                    });
                 }
                 work.partials += chunks.len() * view.tokens * group;
                 work.groups += 1;
@@ -183,7 +201,13 @@ impl Attention {
     ///
     /// # Safety
     /// Only this thread touches the token's row and its position of the cache.
-    pub(crate) unsafe fn rotate_and_append(&self, s: &Shared<'_>, rotation: &Rotation, view: &View, token: usize) {
+    pub(crate) unsafe fn rotate_and_append(
+        &self,
+        s: &Shared<'_>,
+        rotation: &Rotation,
+        view: &View,
+        token: usize,
+    ) {
         let (d, position) = (self.head_dim, view.start + token);
         // SAFETY: the row is ours by contract.
         let row = unsafe { s.qkv.row_mut(view.row + token) };
@@ -202,20 +226,40 @@ impl Attention {
         }
         for (head, (key, value)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
             let page = self.page(s, view, position / PAGE, head);
-            dispatch(s.isa, Append { kind: s.kind, page, position: position % PAGE, key, value });
+            dispatch(
+                s.isa,
+                Append {
+                    kind: s.kind,
+                    page,
+                    position: position % PAGE,
+                    key,
+                    value,
+                },
+            );
         }
     }
 
     fn page(&self, s: &Shared<'_>, view: &View, index: usize, kv_head: usize) -> HeadPage {
         // SAFETY: `Cache::reserve` made pages for all positions of the pass, with `kv_heads` heads each.
-        unsafe { HeadPage::new(s.head, view.pages[self.layer][index].add(kv_head * s.head_bytes)) }
+        unsafe {
+            HeadPage::new(
+                s.head,
+                view.pages[self.layer][index].add(kv_head * s.head_bytes),
+            )
+        }
     }
 
     /// One item. With `rotation` queries are taken as projected and keys are appended here.
     ///
     /// # Safety
     /// No thread writes the rows of `qkv` now, and every item of the work is done by one thread.
-    pub(crate) unsafe fn item(&self, s: &Shared<'_>, rotation: Option<&Rotation>, item: &Item, t: &mut Scratch) -> Result<()> {
+    pub(crate) unsafe fn item(
+        &self,
+        s: &Shared<'_>,
+        rotation: Option<&Rotation>,
+        item: &Item,
+        t: &mut Scratch,
+    ) -> Result<()> {
         let view = &s.views[item.view];
         self.load_queries(s, rotation, view, item, t);
         let Some(split) = &item.chunk else {
@@ -277,7 +321,14 @@ impl Attention {
         Ok(())
     }
 
-    fn load_queries(&self, s: &Shared<'_>, rotation: Option<&Rotation>, view: &View, item: &Item, t: &mut Scratch) {
+    fn load_queries(
+        &self,
+        s: &Shared<'_>,
+        rotation: Option<&Rotation>,
+        view: &View,
+        item: &Item,
+        t: &mut Scratch,
+    ) {
         let (d, group) = (self.head_dim, self.q_heads / self.kv_heads);
         let heads = item.kv_head * group..(item.kv_head + 1) * group;
         t.queries.clear();
@@ -287,18 +338,41 @@ impl Attention {
             // SAFETY: nobody writes the rows now, by the contract of `item`.
             let row = unsafe { s.qkv.row(view.row + token) };
             let slope = |head| self.slopes.as_ref().map_or(0.0, |slopes| slopes[head]);
-            t.queries.extend(heads.clone().map(|head| Query { first: self.first(position), position, slope: slope(head) }));
+            t.queries.extend(heads.clone().map(|head| Query {
+                first: self.first(position),
+                position,
+                slope: slope(head),
+            }));
             let at = t.q.len();
             t.q.extend_from_slice(&row[heads.start * d..heads.end * d]);
             if let Some(rotation) = rotation {
                 let own = &mut t.q[at..];
-                self.prepare(s, rotation, rotation.q_norm.as_ref(), &row[..self.q_heads * d], heads.start * d, own, &mut t.row, (view, position));
+                self.prepare(
+                    s,
+                    rotation,
+                    rotation.q_norm.as_ref(),
+                    &row[..self.q_heads * d],
+                    heads.start * d,
+                    own,
+                    &mut t.row,
+                    (view, position),
+                );
             }
         }
     }
 
     /// Clamp, norm and rotation of `own`, the elements of `all` from `from` on.
-    fn prepare(&self, s: &Shared<'_>, rotation: &Rotation, norm: Option<&Norm>, all: &[f32], from: usize, own: &mut [f32], row: &mut Vec<f32>, at: (&View, usize)) {
+    fn prepare(
+        &self,
+        s: &Shared<'_>,
+        rotation: &Rotation,
+        norm: Option<&Norm>,
+        all: &[f32],
+        from: usize,
+        own: &mut [f32],
+        row: &mut Vec<f32>,
+        at: (&View, usize),
+    ) {
         if let Some(clip) = rotation.clip {
             clamp(own, clip);
         }
@@ -317,12 +391,25 @@ impl Attention {
             }
         }
         if let Some(rope) = rotation.rope {
-            rotate(s.isa, own, self.head_dim, s.tables[rope].row(at.0.planned, at.1));
+            rotate(
+                s.isa,
+                own,
+                self.head_dim,
+                s.tables[rope].row(at.0.planned, at.1),
+            );
         }
     }
 
     /// Appends the new keys and values of one head that belong to the chunk at `start`.
-    fn append(&self, s: &Shared<'_>, rotation: &Rotation, view: &View, item: &Item, start: usize, t: &mut Scratch) {
+    fn append(
+        &self,
+        s: &Shared<'_>,
+        rotation: &Rotation,
+        view: &View,
+        item: &Item,
+        start: usize,
+        t: &mut Scratch,
+    ) {
         let d = self.head_dim;
         for token in item.tokens.clone() {
             let position = view.start + token;
@@ -337,17 +424,43 @@ impl Attention {
             t.out.extend_from_slice(&k[own.clone()]);
             t.out.extend_from_slice(&v[own.clone()]);
             let (key, value) = t.out.split_at_mut(d);
-            self.prepare(s, rotation, rotation.k_norm.as_ref(), k, own.start, key, &mut t.row, (view, position));
+            self.prepare(
+                s,
+                rotation,
+                rotation.k_norm.as_ref(),
+                k,
+                own.start,
+                key,
+                &mut t.row,
+                (view, position),
+            );
             if let Some(clip) = rotation.clip {
                 clamp(value, clip);
             }
             let page = self.page(s, view, position / PAGE, item.kv_head);
-            dispatch(s.isa, Append { kind: s.kind, page, position: position % PAGE, key, value });
+            dispatch(
+                s.isa,
+                Append {
+                    kind: s.kind,
+                    page,
+                    position: position % PAGE,
+                    key,
+                    value,
+                },
+            );
         }
     }
 
     /// All queries of the scratch against one chunk.
-    fn chunk(&self, s: &Shared<'_>, view: &View, kv_head: usize, start: usize, t: &mut Scratch, scores_only: bool) -> Result<()> {
+    fn chunk(
+        &self,
+        s: &Shared<'_>,
+        view: &View,
+        kv_head: usize,
+        start: usize,
+        t: &mut Scratch,
+        scores_only: bool,
+    ) -> Result<()> {
         let n = t.queries.len();
         let mut page = self.page(s, view, start / PAGE, kv_head);
         let mut kind = s.kind;
@@ -360,8 +473,21 @@ impl Attention {
             if let Some(bytes) = &mut t.page {
                 // SAFETY: as large as an f32 head, without scales.
                 let to = unsafe { HeadPage::new(layout, bytes.as_mut_ptr()) };
-                let end = t.queries.iter().map(|q| q.range(start).end).max().unwrap_or(0);
-                dispatch(s.isa, Widen { kind, from: page, to, end });
+                let end = t
+                    .queries
+                    .iter()
+                    .map(|q| q.range(start).end)
+                    .max()
+                    .unwrap_or(0);
+                dispatch(
+                    s.isa,
+                    Widen {
+                        kind,
+                        from: page,
+                        to,
+                        end,
+                    },
+                );
                 (page, kind) = (to, CacheType::F32);
             }
         }
@@ -390,16 +516,35 @@ impl Attention {
 
     /// Running results to the rows of `out`.
     fn finish(&self, s: &Shared<'_>, view: &View, item: &Item, t: &mut Scratch) {
-        let (d, stride, group) = (self.head_dim, s.head.value_stride, self.q_heads / self.kv_heads);
+        let (d, stride, group) = (
+            self.head_dim,
+            s.head.value_stride,
+            self.q_heads / self.kv_heads,
+        );
         for (i, token) in item.tokens.clone().enumerate() {
             // SAFETY: these heads of these tokens are this item's.
-            let to = unsafe { s.out.part_mut(view.row + token, item.kv_head * group * d, group * d) };
+            let to = unsafe {
+                s.out
+                    .part_mut(view.row + token, item.kv_head * group * d, group * d)
+            };
             for (g, out) in to.chunks_exact_mut(d).enumerate() {
                 let q = i * group + g;
-                let sink = self.sinks.as_ref().map(|sinks| sinks[item.kv_head * group + g]);
+                let sink = self
+                    .sinks
+                    .as_ref()
+                    .map(|sinks| sinks[item.kv_head * group + g]);
                 let running = &mut t.running[q * stride..(q + 1) * stride];
                 let (max, sum) = (&mut t.running_max[q], &mut t.running_sum[q]);
-                dispatch(s.isa, Finish { max, sum, running, sink, out });
+                dispatch(
+                    s.isa,
+                    Finish {
+                        max,
+                        sum,
+                        running,
+                        sink,
+                        out,
+                    },
+                );
             }
         }
     }
@@ -409,7 +554,10 @@ impl Attention {
         let group = self.q_heads / self.kv_heads;
         let to = &view.weights[self.layer];
         for (i, query) in t.queries.iter().enumerate() {
-            let (token, head) = (item.tokens.start + i / group, item.kv_head * group + i % group);
+            let (token, head) = (
+                item.tokens.start + i / group,
+                item.kv_head * group + i % group,
+            );
             let seen = query.range(start);
             if seen.is_empty() {
                 continue;
@@ -418,7 +566,15 @@ impl Attention {
             // SAFETY: (head, token, positions seen) is inside the output and this item's alone.
             let out = unsafe { std::slice::from_raw_parts_mut(to.at.add(at), seen.len()) };
             let scores = &t.scores[i * PAGE + seen.start..i * PAGE + seen.end];
-            dispatch(s.isa, Weights { scores, max: t.running_max[i], sum: t.running_sum[i], out });
+            dispatch(
+                s.isa,
+                Weights {
+                    scores,
+                    max: t.running_max[i],
+                    sum: t.running_sum[i],
+                    out,
+                },
+            );
         }
     }
 }
@@ -442,15 +598,28 @@ impl Scratch {
                 continue;
             }
             let own = i * stride..(i + 1) * stride;
-            let running = (&mut self.running_max[i], &mut self.running_sum[i], &mut self.running[own.clone()]);
-            dispatch(isa, Merge { running, chunk: (self.max[i], self.sum[i], &self.out[own]) });
+            let running = (
+                &mut self.running_max[i],
+                &mut self.running_sum[i],
+                &mut self.running[own.clone()],
+            );
+            dispatch(
+                isa,
+                Merge {
+                    running,
+                    chunk: (self.max[i], self.sum[i], &self.out[own]),
+                },
+            );
         }
     }
 }
 
 /// Elements that one norm of queries or keys covers: a head or all of them, told by the learned parts.
 fn norm_width(norm: &Norm, head_dim: usize) -> usize {
-    norm.weight.as_ref().or(norm.bias.as_ref()).map_or(head_dim, Vec::len)
+    norm.weight
+        .as_ref()
+        .or(norm.bias.as_ref())
+        .map_or(head_dim, Vec::len)
 }
 
 fn clamp(x: &mut [f32], limit: f32) {

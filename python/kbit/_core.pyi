@@ -47,8 +47,10 @@ def default_threads() -> int:
     """Threads used when none are asked for: ``KBIT_NUM_THREADS``, then the cores this process may use."""
 
 def limits(*, threads: int = 0, nbytes: int = 1 << 30, runs: int = 3) -> dict[str, float]:
-    """What this machine can do at most, measured now: ``read_bytes_per_second`` of memory, ``int8_operations_per_second``
-    (a multiply and an add count two), and the ``threads`` that took part.
+    """What this machine can do at most, measured now.
+
+    ``read_bytes_per_second`` of memory, ``int8_operations_per_second`` (a multiply and an add count two), and the
+    ``threads`` that took part.
 
     Args:
         threads: 0 for `default_threads`.
@@ -231,8 +233,10 @@ class Engine:
     ) -> Request:
         """Queue a prompt. Ends at an id of `eos` (which is emitted last), after `max_new_tokens`, or at the context's end."""
     def forward(self, ids: NDArray[np.uint32], *, hidden_states: bool = False, attentions: bool = False) -> dict[str, Any]:
-        """One pass over fresh ids. ``logits`` (n, vocab) float32; on request ``hidden_states`` [(n, hidden)...] and
-        ``attentions`` [(heads, n, n)...]. KeyboardInterrupt is honoured between operations."""
+        """One pass over fresh ids; KeyboardInterrupt is honoured between operations.
+
+        ``logits`` (n, vocab) float32; on request ``hidden_states`` [(n, hidden)...] and ``attentions`` [(heads, n, n)...].
+        """
     def score(self, ids: NDArray[np.uint32], start: int = 1) -> NDArray[np.float32]:
         """Log-probability of ids[start:], each given all ids before it."""
     def stats(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ run: build ## build, install into .venv, stream a story with the bundled model
 
 test: fmt lint rust python scalar ## all checks: formats, lints, Rust and Python tests, once more without SIMD
 
-fmt: .venv/.test
+fmt: .rust .venv/.test
 	cargo fmt --all --check
 	$(BIN)/ruff format --check $(SOURCES)
 
@@ -31,6 +31,7 @@ lint: build .venv/.test
 
 rust: .rust
 	cargo test --workspace --quiet
+	cargo build --quiet --profile quick -p kbit-embed
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 
 python: build .venv/.test

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from conftest import REPO
+from kbit import loading
 
 EXAMPLES = sorted((REPO / "examples").glob("*.py"))
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -37,6 +38,20 @@ def test_example(path, tmp_path):
 @pytest.mark.parametrize("code", list(blocks()))
 def test_documentation(code, tmp_path):
     run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_the_rust_application_says_what_python_says(stories):
+    """Built by `make rust`; it holds neither Python nor a graphics driver."""
+    binary = REPO / "target" / "quick" / "kbit-embed"
+    if not binary.exists():
+        pytest.skip("needs target/quick/kbit-embed, which `make rust` builds")
+    ids = [str(i) for i in stories.tokenize("Once upon a time")]
+    said = run(binary, loading.BUNDLED, "24", *ids, cwd=REPO).split()
+    expected = stories.generate("Once upon a time", max_new_tokens=24, ignore_eos=True).token_ids
+    assert [int(i) for i in said] == expected
+    tree = run("cargo", "tree", "--offline", "--edges", "normal", "-p", "kbit-embed", cwd=REPO)
+    assert "kbit-cpu" in tree
+    assert not re.search(r"pyo3|wgpu", tree)
 
 
 def test_there_is_something_to_run():

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from kbit._core import ModelFormatError
 from kbit.text import hf_json, pieces, sentencepiece
 from kbit.text.template import MAX_SOURCE
-from kbit.text.vocabulary import ControlToken, Vocabulary
+from kbit.text.vocabulary import ControlToken, Vocabulary, typed_failures
 
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -61,8 +61,9 @@ def _from_json(spec: dict[str, Any], data: bytes) -> Vocabulary:
 
 def _surroundings(core: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text, seen on one letter."""
-    plain = core.encode("a", add_special_tokens=False).ids
-    full = core.encode("a", add_special_tokens=True).ids
+    with typed_failures("tokenizer.json"):
+        plain = core.encode("a", add_special_tokens=False).ids
+        full = core.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]

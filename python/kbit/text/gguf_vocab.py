@@ -22,6 +22,7 @@ from kbit.text.vocabulary import (
     ControlToken,
     Vocabulary,
     check_tokens,
+    typed_failures,
 )  # fmt: skip
 
 END_OF_TURN = (
@@ -285,7 +286,8 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
             f"tokenizer.ggml.model is {model!r}; kbit reads llama (SentencePiece BPE), gpt2 (byte-level BPE), gemma4, "
             "bert (WordPiece) and t5 (Unigram)"
         )
-    vocabulary = read_kind(meta)
+    with typed_failures("tokenizer.ggml"):
+        vocabulary = read_kind(meta)
     control = sorted(meta.ids_of(CONTROL) + meta.ids_of(UNKNOWN))
     vocabulary.control = [ControlToken(i, meta.tokens[i]) for i in control]
     vocabulary.unk_id = meta.token_id("unknown")

@@ -12,7 +12,7 @@ import tokenizers
 from kbit._core import ModelFormatError
 from kbit.text import gguf_vocab, patterns
 from kbit.text.charsmap import Charsmap
-from kbit.text.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS
+from kbit.text.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS, typed_failures
 
 MAX_BYTES = 256 << 20
 """Largest tokenizer.json read."""
@@ -194,18 +194,9 @@ def build(data: bytes) -> tokenizers.Tokenizer:
     Raises:
         ModelFormatError: `tokenizers` refuses it.
     """
-    try:
+    with typed_failures("tokenizer.json"):
         core = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        raise ModelFormatError(f"tokenizer.json: {error}") from None
     # A padded or truncated encoding would change the prompt: lengths are the caller's business.
     core.no_padding()
     core.no_truncation()
     return core
-
-
-def is_failure(error: BaseException) -> bool:
-    """Whether `tokenizers` failed: an exception, or a panic in its Rust code, which is no Exception."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -25,6 +25,7 @@ from kbit.text.vocabulary import (
     ControlToken,
     Vocabulary,
     check_tokens,
+    typed_failures,
 )  # fmt: skip
 
 UNIGRAM, BPE = 1, 2
@@ -295,7 +296,8 @@ def build(model: Model) -> Vocabulary:
         raise ModelFormatError(
             "tokenizer.model: byte_fallback without a piece for each of the 256 bytes"
         )
-    core = _unigram(model) if model.kind == UNIGRAM else _bpe(model)
+    with typed_failures("tokenizer.model"):
+        core = _unigram(model) if model.kind == UNIGRAM else _bpe(model)
     vocabulary = Vocabulary(
         core, Pieces(byte_fallback=True, steps=(spaces,), strip=(" ", int(model.dummy_prefix)))
     )

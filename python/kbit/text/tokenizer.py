@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from kbit._core import ModelFormatError
-from kbit.text import directory, gguf_vocab, hf_json
+from kbit.text import directory, gguf_vocab
 from kbit.text.chat import Chat, ChatPrompt
 from kbit.text.stream import StreamDecoder
-from kbit.text.vocabulary import ControlToken, ControlTokens, Vocabulary
+from kbit.text.vocabulary import ControlToken, ControlTokens, Vocabulary, typed_failures
 
 
 class Tokenizer:
@@ -220,21 +221,16 @@ class Tokenizer:
         if self._own_encode is None:
             return self._run(self._core, text, special)
         ids: list[int] = []
-        for part in self._control.split(text) if special else [text]:
-            ids += [part.id] if isinstance(part, ControlToken) else self._own_encode(part)
+        with typed_failures(f"the tokenizer fails on a text of {len(text)} characters"):
+            for part in self._control.split(text) if special else [text]:
+                ids += [part.id] if isinstance(part, ControlToken) else self._own_encode(part)
         return ids
 
-    def _run(self, core: Any, text: str, special: bool) -> list[int]:
-        with self._lock:  # the switch belongs to the shared object
-            core.encode_special_tokens = not special
-            try:
-                return core.encode(text, add_special_tokens=False).ids
-            except BaseException as error:  # a pattern that Oniguruma gives up on is a panic
-                if not hf_json.is_failure(error):
-                    raise
-                raise ModelFormatError(
-                    f"the tokenizer fails on a text of {len(text)} characters: {error}"
-                ) from None
+    def _run(self, core: tokenizers.Tokenizer, text: str, special: bool) -> list[int]:
+        # A pattern that takes too long is one such failure.
+        with self._lock, typed_failures(f"the tokenizer fails on a text of {len(text)} characters"):
+            core.encode_special_tokens = not special  # the switch belongs to the shared object
+            return core.encode(text, add_special_tokens=False).ids
 
 
 def well_formed(text: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import tokenizers
 
-from kbit._core import ModelFormatError
+from kbit._core import KbitError, ModelFormatError
 from kbit.text.pieces import Pieces
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -85,6 +86,19 @@ class Vocabulary:
     def id_of(self, token: str) -> int | None:
         """Id of a token as the files write it; None if it is none."""
         return self.tokens.index(token) if token in self.tokens else self.core.token_to_id(token)
+
+
+@contextlib.contextmanager
+def typed_failures(what: str) -> Iterator[None]:
+    """What `tokenizers` raises inside, a panic of its Rust code too, becomes a ModelFormatError."""
+    try:
+        yield
+    except KbitError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(f"{what}: {error}") from None
 
 
 def check_tokens(tokens: list[str], where: str) -> None:

@@ -298,6 +298,7 @@ def build(model: Model) -> Vocabulary:
         )
     with typed_failures("tokenizer.model"):
         core = _unigram(model) if model.kind == UNIGRAM else _bpe(model)
+    core.encode_special_tokens = True  # control tokens are cut out of the text before it comes here
     vocabulary = Vocabulary(
         core, Pieces(byte_fallback=True, steps=(spaces,), strip=(" ", int(model.dummy_prefix)))
     )

@@ -315,7 +315,7 @@ def integer_importance(importance):
 def quantize(values, bits, codebook, scales, importance=None):
     """Codes (rows, inputs), rungs (rows, blocks) and scales (rows, super-blocks; bf16 bits).
 
-    For every row and 256 inputs, scales from 0.9 to 1.1 times peak / -127 are tried. A weight is
+    For every row and 256 inputs, scales up to 1.1 times peak / -127 are tried. A weight is
     looked at in 16ths of an int8 step, cut off; at each rung of the ladder it takes the level that
     is nearest to its half step (a weight half-way takes the larger one), and the rung with the
     least sum of squared errors is taken for each block, the first scale with the least sum of all.
@@ -325,8 +325,10 @@ def quantize(values, bits, codebook, scales, importance=None):
     ladder = np.array(scales.get("ladder", [128]), np.int64)
     book = np.array(codebook, np.int64)
     levels = np.array([book * step + 64 >> 7 for step in ladder])  # (rungs, codes)
-    tries = 24 if bits in (6, 7) else 12
-    steps = [(F32(0.9) + F32(0.2) * F32(i) / F32(tries - 1)) / F32(127) for i in range(tries)]
+    low, tries = F32(0.9), 25 if bits in (6, 7) else 13
+    if "ladder" not in scales and bits < 8:
+        low, tries = F32(0.1) + F32(0.1) * F32(bits), 41 - 4 * bits
+    steps = [(low + (F32(1.1) - low) * F32(i) / F32(tries - 1)) / F32(127) for i in range(tries)]
     weights = np.ones(inputs, np.int64) if importance is None else integer_importance(importance)
     codes = np.zeros((rows, inputs), np.uint8)
     rungs = np.zeros((rows, -(-inputs // block)), np.uint8)

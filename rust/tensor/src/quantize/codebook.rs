@@ -29,18 +29,18 @@ impl CodebookFormat {
         ("learned", Self::Learned),
     ];
 
-    /// The codebook; for [`Self::Learned`], where learning starts.
-    pub(super) fn entries(self, bits: usize) -> Vec<i8> {
+    /// The codebook before [`rounded`]; for [`Self::Learned`], where learning starts.
+    pub(super) fn values(self, bits: usize) -> Vec<f64> {
         let n = 1i32 << bits;
         let half = n / 2;
         match self {
             Self::Int => (-half..half)
-                .map(|c| (c * (128 / half)).max(-127) as i8)
+                .map(|c| f64::from((c * (128 / half)).max(-127)))
                 .collect(),
-            Self::Float => float_entries(bits),
+            Self::Float => float_values(bits),
             Self::Quantile => {
                 let at = |i: i32| normal_quantile((f64::from(i) + 0.5) / f64::from(n));
-                rounded(&(0..n).map(at).collect::<Vec<_>>())
+                (0..n).map(at).collect()
             }
             Self::Nf => {
                 // `half` steps down from zero, `half - 1` up, over probabilities that leave the ends finite.
@@ -52,19 +52,10 @@ impl CodebookFormat {
                 };
                 let (low, high) = (-down(half), up(half - 1));
                 let down = (1..=half).rev().map(|i| down(i) / low);
-                rounded(
-                    &down
-                        .chain((0..half).map(|i| up(i) / high))
-                        .collect::<Vec<_>>(),
-                )
+                down.chain((0..half).map(|i| up(i) / high)).collect()
             }
-            Self::Learned if bits == 8 => Self::Int.entries(bits),
-            Self::Learned => rounded(
-                &(0..n)
-                    .map(|i| (2.0 * f64::from(i) + 1.0) / f64::from(n) - 1.0)
-                    .map(|u| u * (0.55 + 0.45 * u.abs()))
-                    .collect::<Vec<_>>(),
-            ),
+            Self::Learned if bits == 8 => Self::Int.values(bits),
+            Self::Learned => curve(bits, 0.5),
         }
     }
 }
@@ -82,6 +73,15 @@ impl FromStr for CodebookFormat {
     }
 }
 
+/// Levels that lie the denser around zero the smaller `slope` (at zero, of 1) is; 1 gives equal steps.
+pub(super) fn curve(bits: usize, slope: f64) -> Vec<f64> {
+    let n = 1u32 << bits;
+    (0..n)
+        .map(|i| (2.0 * f64::from(i) + 1.0) / f64::from(n) - 1.0)
+        .map(|u| u * (slope + (1.0 - slope) * u * u))
+        .collect()
+}
+
 /// Non-decreasing values as int8, the largest magnitude at 127.
 pub(super) fn rounded(values: &[f64]) -> Vec<i8> {
     let peak = values.iter().fold(0f64, |m, v| m.max(v.abs()));
@@ -91,7 +91,7 @@ pub(super) fn rounded(values: &[f64]) -> Vec<i8> {
         .collect()
 }
 
-fn float_entries(bits: usize) -> Vec<i8> {
+fn float_values(bits: usize) -> Vec<f64> {
     let exponent_bits = [1, 2, 2, 2, 3, 3, 4][bits - 2];
     let mantissa_bits = bits as i32 - 1 - exponent_bits;
     let one = 1 << mantissa_bits;
@@ -102,8 +102,7 @@ fn float_entries(bits: usize) -> Vec<i8> {
     });
     let positive: Vec<f64> = positive.collect();
     let negative = positive.iter().rev().map(|v| -v);
-    let all: Vec<f64> = negative.chain(positive.iter().copied()).collect();
-    rounded(&all)
+    negative.chain(positive.iter().copied()).collect()
 }
 
 /// The value below which a standard normal variable falls with probability `p`, 0 < p < 1, by bisection.

@@ -1,9 +1,8 @@
 //! Codebook and ladder of a tensor, from a sample of its super-blocks.
 
-use half::bf16;
 use rayon::prelude::*;
 
-use super::codebook::{CodebookFormat, rounded};
+use super::codebook::{CodebookFormat, curve, rounded};
 use super::search::{Fit, Levels, Scratch};
 use super::{ReadRows, check_finite, scales};
 use crate::{Result, SUPER};
@@ -14,6 +13,9 @@ const SAMPLE: usize = 256;
 const SAMPLE_ROWS: usize = 64;
 /// Neighbouring rungs differ by one of these factors.
 const RATIOS: [f64; 8] = [1.03, 1.05, 1.07, 1.09, 1.12, 1.16, 1.22, 1.3];
+/// Learning starts from the best of the curves with these slopes at zero. At 6 and 7 bits it hardly leaves it, since the
+/// entries are whole numbers.
+const SLOPES: [f64; 8] = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3];
 /// Rounds of learning before and after the ladder's ratio is chosen.
 const ROUNDS: usize = 4;
 
@@ -61,8 +63,15 @@ impl Sample {
             .collect()
     }
 
-    fn error(&self, levels: &Levels) -> f64 {
-        self.fits(levels).iter().map(|f| f.error).sum()
+    /// The number of the codebook and ladder that err least.
+    fn best<const N: usize>(&self, tables: [(&[f64], [u8; 16]); N], block: usize) -> usize {
+        let errors = tables.map(|(book, ladder)| {
+            let levels = Levels::new(&rounded(book), &scales(block, ladder)).coarse();
+            self.fits(&levels).iter().map(|f| f.error).sum::<f64>()
+        });
+        (0..N)
+            .min_by(|&a, &b| errors[a].total_cmp(&errors[b]))
+            .unwrap_or(0)
     }
 }
 
@@ -73,26 +82,25 @@ pub(super) fn tables(
     block: usize,
     sample: &Sample,
 ) -> (Vec<i8>, [u8; 16]) {
-    let mut book = format.entries(bits);
+    let mut book = format.values(bits);
     let mut ladder = geometric(1.1);
     let learned = format == CodebookFormat::Learned && bits < 8;
     let rounds = if learned { ROUNDS } else { 0 };
+    if learned {
+        let curves = SLOPES.map(|slope| curve(bits, slope));
+        book = curves[sample.best(curves.each_ref().map(|c| (&c[..], ladder)), block)].clone();
+    }
     for _ in 0..rounds {
-        book = learn(&book, &ladder, block, sample);
+        learn(&mut book, &ladder, block, sample);
     }
     if block < SUPER {
-        let error =
-            |r: f64| sample.error(&Levels::new(&book, &scales(block, geometric(r))).coarse());
-        let errors = RATIOS.map(error);
-        let best = (0..RATIOS.len())
-            .min_by(|&a, &b| errors[a].total_cmp(&errors[b]))
-            .unwrap_or(0);
-        ladder = geometric(RATIOS[best]);
+        let ladders = RATIOS.map(geometric);
+        ladder = ladders[sample.best(ladders.map(|l| (&book[..], l)), block)];
     }
     for _ in 0..rounds {
-        book = learn(&book, &ladder, block, sample);
+        learn(&mut book, &ladder, block, sample);
     }
-    (book, ladder)
+    (rounded(&book), ladder)
 }
 
 /// `128 / ratio^(15 - i)`, and 0 first, so that a block of zeros stays zero.
@@ -106,42 +114,32 @@ fn geometric(ratio: f64) -> [u8; 16] {
     ladder
 }
 
-/// One step of Lloyd's algorithm: fit the sample, then move each entry to the least-squares value of its weights.
-fn learn(book: &[i8], ladder: &[u8; 16], block: usize, sample: &Sample) -> Vec<i8> {
-    let levels = Levels::new(book, &scales(block, *ladder)).coarse();
+/// One step of Lloyd's algorithm: fit the sample, then move each entry to the least-squares value of its weights. The
+/// entries stay real between the steps: rounded ones would stop moving.
+fn learn(book: &mut [f64], ladder: &[u8; 16], block: usize, sample: &Sample) {
+    let levels = Levels::new(&rounded(book), &scales(block, *ladder)).coarse();
     let fits = sample.fits(&levels);
     let (mut wc, mut cc) = (vec![0f64; book.len()], vec![0f64; book.len()]);
     let mut scratch = Scratch::default();
     for ((w, importance), fit) in sample.runs.iter().zip(&fits) {
-        if fit.scale == bf16::ZERO {
-            continue;
-        }
         let sw = f64::from(fit.scale.to_f32());
         levels.codes(fit, w, &mut scratch, |j, code| {
-            let rung = usize::from(fit.rungs[j / block]);
-            let step = sw
-                * if block < SUPER {
-                    f64::from(ladder[rung]) / 128.0
-                } else {
-                    1.0
-                };
+            let rung = if block < SUPER {
+                ladder[usize::from(fit.rungs[j / block])]
+            } else {
+                128
+            };
+            let step = sw * f64::from(rung) / 128.0;
             let i = importance.as_ref().map_or(1.0, |i| f64::from(i[j]));
             wc[usize::from(code)] += i * step * f64::from(w[j]);
             cc[usize::from(code)] += i * step * step;
         });
     }
-    let mut moved: Vec<f64> = (0..book.len())
-        .map(|c| {
-            if cc[c] > 0.0 {
-                wc[c] / cc[c]
-            } else {
-                f64::from(book[c])
-            }
-        })
-        .collect();
-    moved.sort_by(f64::total_cmp);
-    if moved.iter().all(|m| *m == 0.0) {
-        return book.to_vec();
+    let peak = book.iter().fold(0f64, |m, v| m.max(v.abs()));
+    for (c, entry) in book.iter_mut().enumerate() {
+        if cc[c] > 0.0 {
+            *entry = wc[c] / cc[c] * (peak / 127.0);
+        }
     }
-    rounded(&moved)
+    book.sort_by(f64::total_cmp);
 }

@@ -110,7 +110,7 @@ impl Levels {
             level,
             code,
             block,
-            tries: tries(book.len().ilog2() as usize),
+            tries: tries(book.len().ilog2() as usize, block < SUPER),
         }
     }
 
@@ -236,11 +236,16 @@ impl Levels {
     }
 }
 
-/// Scales that are tried, as fractions of the peak: from 0.9 to 1.1 of the one that puts the peak at -127. Twice as many
-/// at 6 and 7 bits, where the rounding of the levels to int8 differs from scale to scale by most.
-fn tries(bits: usize) -> Vec<f32> {
-    let n: u16 = if matches!(bits, 6 | 7) { 24 } else { 12 };
+/// Scales that are tried, as fractions of the peak, evenly up to 1.1 of the one that puts the peak at -127, which is among
+/// them. From 0.9 on, as rungs do the rest; twice as many at 6 and 7 bits, where the rounding of the levels to int8
+/// differs most from scale to scale. Without a ladder, the fewer the levels, the more of the peak may be cut off.
+fn tries(bits: usize, ladder: bool) -> Vec<f32> {
+    let (low, n) = match bits {
+        6 | 7 if ladder => (0.9, 25),
+        2..=7 if !ladder => (0.1 + 0.1 * bits as f32, 41 - 4 * bits),
+        _ => (0.9, 13),
+    };
     (0..n)
-        .map(|i| (0.9 + 0.2 * f32::from(i) / f32::from(n - 1)) / 127.0)
+        .map(|i| (low + (1.1 - low) * i as f32 / (n - 1) as f32) / 127.0)
         .collect()
 }

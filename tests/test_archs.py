@@ -190,6 +190,28 @@ def test_quantised_against_its_own_weights(case, bits, tmp_path):
         assert divergence(expected, model.forward(golden.ids[0])) <= 5e-3
 
 
+@pytest.mark.parametrize("case", SHORT)
+def test_every_product_runs_on_k_bit_kernels(case, tmp_path):
+    golden = Golden(case)
+    steps, bits = 5, 4
+    with kbit.load(golden.directory(tmp_path), bits=bits, device="cpu") as model:
+        quantised = [name for name, weight in model.weights.items() if weight.bits is not None]
+        moe = model.spec.moe
+        idle = moe.num_experts - moe.num_experts_per_tok if moe else 0
+        products = [name for name in quantised if not name.startswith("embed.")]
+        expected = len(products) + ("head.weight" not in model.weights)
+        expected -= 3 * idle * sum(layer.experts for layer in model.spec.layers)
+        model.engine.trace(True)
+        model.generate(golden.ids[0][:1], max_new_tokens=steps, temperature=0, ignore_eos=True)
+        seen = model.engine.trace(False)
+    kernels = {name: count for name, count in seen.items() if not name.startswith("dense")}
+    assert all(name.endswith(" m1") for name in seen)
+    assert sum(kernels.values()) == expected * steps
+    at_bits = sum(n for name, n in kernels.items() if name.startswith(f"k{bits} "))
+    assert at_bits == (expected - 1) * steps  # the head has at least 6 bits
+    assert expected >= 6 * len(model.spec.layers)
+
+
 # GGUF
 
 

@@ -242,7 +242,7 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Counters: prompt and generated tokens, seconds in prefill and decode, bytes of cache, steps."""
     def trace(self, on: bool) -> dict[str, int]:
-        """Kernel calls counted since tracing was turned on, by name (``"kq4 ladder32 avx512vbmi m1"``); turns it on or off."""
+        """Matrix products since tracing was turned on, by kernel (``"k4 ladder32 avx512vbmi m1"``); turns it on or off."""
     def close(self) -> None:
         """Stop the loop and free the cache. Requests under way end with DeviceError. Twice is fine."""
 

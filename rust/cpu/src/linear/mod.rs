@@ -191,7 +191,10 @@ impl Matrix {
         if panels.is_empty() || acts.tokens() == 0 {
             return;
         }
-        trace::count(|| format!("{} {} m{}", self.kind(), acts.isa(), acts.tokens()));
+        if panels.start == 0 {
+            // A product counts once, however threads share its panels.
+            trace::count(|| format!("{} {} m{}", self.kind(), acts.isa(), acts.tokens()));
+        }
         dispatch(
             acts.isa(),
             Run {

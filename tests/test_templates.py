@@ -16,7 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kbit._core import KbitError
-from kbit.text.template import ChatTemplate, TemplateError
+from kbit.text import ChatTemplate, TemplateError
 
 NAMES = [
     "Qwen-Qwen2.5-7B-Instruct",

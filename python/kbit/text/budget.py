@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from jinja2 import Undefined
 
@@ -76,7 +76,7 @@ class Budget:
         return self._measure(value)[1]
 
     def _measure(self, value: Any) -> tuple[int, int]:
-        kind = type(value)
+        kind = cast("type[Any]", type(value))
         if kind is str:
             return len(value) + 2, 0
         if value is None or kind in (bool, float) or isinstance(value, Undefined):
@@ -94,7 +94,7 @@ class Budget:
 
     def _measure_items(self, value: Any) -> tuple[int, int]:
         weight, depth = 2, 0
-        items = [*value, *value.values()] if isinstance(value, dict) else value
+        items: Any = [*value, *value.values()] if is_dict(value) else value
         for item in items:
             item_weight, item_depth = self._measure(item)
             weight += item_weight + 2
@@ -156,6 +156,16 @@ class Budget:
         else:
             raise TypeError(f"a chat template takes JSON-like data, not a {type(value).__name__}")
         return self.container(made)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    """Whether a value is a list or tuple."""
+    return isinstance(value, list | tuple)
+
+
+def is_dict(value: Any) -> TypeGuard[dict[Any, Any]]:
+    """Whether a value is a dict."""
+    return isinstance(value, dict)
 
 
 def kind_of(value: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit._core import ModelFormatError
+from kbit.text.budget import is_dict, is_list
 from kbit.text.template import PLAIN, ChatTemplate
 from kbit.text.vocabulary import ControlToken, ControlTokens
 
@@ -105,9 +106,9 @@ class Chat:
             if isinstance(value, str):
                 found = found or self._control.pattern.search(value) is not None
                 free.difference_update(value)
-            elif isinstance(value, Mapping):
+            elif is_dict(value):
                 stack.extend([*value.keys(), *value.values()])
-            elif isinstance(value, list | tuple):
+            elif is_list(value):
                 stack.extend(value)
         if found and not free:
             raise ValueError(

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 
 from kbit._core import ModelFormatError
 from kbit.text import hf_json, pieces, sentencepiece
+from kbit.text.budget import is_dict
 from kbit.text.template import MAX_SOURCE
 from kbit.text.vocabulary import ControlToken, Vocabulary, typed_failures
 
@@ -38,11 +39,12 @@ def _from_json(spec: dict[str, Any], data: bytes) -> Vocabulary:
     hf_json.check(spec)
     core = hf_json.build(data)
     vocabulary = Vocabulary(core, pieces.from_json(spec.get("decoder")))
+    added = cast("list[dict[str, Any]]", spec.get("added_tokens") or [])
     vocabulary.control = [
         ControlToken(
             token["id"], token["content"], bool(token.get("lstrip")), bool(token.get("rstrip"))
         )
-        for token in spec.get("added_tokens") or []
+        for token in added
         if token.get("special")
     ]
     vocabulary.prefix, vocabulary.suffix = _surroundings(core)
@@ -95,15 +97,11 @@ def _add_tokens(vocabulary: Vocabulary, root: Path, config: Mapping[str, Any]) -
         if isinstance(token_id, int):
             added[token_id] = AddedToken(text, normalized=False, special=True)
     listed = config.get("added_tokens_decoder")
-    for key, token in cast("dict[str, Any]", listed).items() if isinstance(listed, dict) else ():
-        if (
-            isinstance(token, dict)
-            and isinstance(token.get("content"), str)
-            and key.isdecimal()
-            and len(key) < 10
-        ):
+    for key, token in listed.items() if is_dict(listed) else ():
+        text = token.get("content") if is_dict(token) else None
+        if isinstance(text, str) and key.isdecimal() and len(key) < 10:
             flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "special")}
-            added[int(key)] = AddedToken(token["content"], normalized=False, **flags)
+            added[int(key)] = AddedToken(text, normalized=False, **flags)
     core = vocabulary.core
     known = {token.id for token in vocabulary.control}
     for token_id, token in sorted(added.items()):
@@ -113,7 +111,7 @@ def _add_tokens(vocabulary: Vocabulary, root: Path, config: Mapping[str, Any]) -
                 raise ModelFormatError(
                     f"added token {token.content!r} has id {token_id}; the next free one is {size}"
                 )
-            core.add_tokens([token])
+            core.add_tokens([token])  # pyright: ignore[reportUnknownMemberType]
         if token.special and token_id not in known:
             vocabulary.control.append(
                 ControlToken(token_id, token.content, token.lstrip, token.rstrip)

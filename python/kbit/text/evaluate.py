@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Concatenate, cast
 
 from jinja2 import Environment, Undefined, nodes
 
-from kbit.text.budget import Budget, TemplateError, kind_of, text_bytes
+from kbit.text.budget import Budget, TemplateError, is_dict, is_list, kind_of, text_bytes
+from kbit.text.values import Function, Loop, Macro, Namespace, Scope
 
 MAX_DEPTH = 200
 """Statements and expressions inside one another while running, macros included: about two Python frames each."""
 MAX_INT_BITS = 4096
-VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-ITERATORS: tuple[type, ...] = (type(iter([])), type(reversed([])))
-ITERABLE: tuple[type, ...] = (str, list, tuple, dict, range, Undefined, *VIEWS, *ITERATORS)
+_NONE: dict[str, str] = {}
+VIEWS: tuple[type, ...] = (type(_NONE.keys()), type(_NONE.values()), type(_NONE.items()))
+ITERATORS: tuple[type, ...] = (type(iter([""])), type(reversed([""])))
+ITERABLE: tuple[Any, ...] = (str, list, tuple, dict, range, Undefined, *VIEWS, *ITERATORS)
 
 
 def _holders(names: dict[str, Any], name: str) -> int:
@@ -37,142 +39,6 @@ _ALONE = _holders({"x": "".join(["a", "fresh", "string"])}, "x")
 
 if TYPE_CHECKING:
     Calls = Mapping[str, Callable[Concatenate["Evaluator", Any, ...], Any]]
-
-
-class Scope:
-    """Variables of a block; a name that is not here is looked up outside."""
-
-    __slots__ = ("names", "outer")
-
-    def __init__(self, outer: Scope | None, names: dict[str, Any]) -> None:
-        self.outer = outer
-        self.names = names
-
-
-class Namespace:
-    """The one thing a template may change."""
-
-    __slots__ = ("attributes",)
-
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self.attributes = attributes
-
-
-class Function:
-    """A function, or a method of a value: called with evaluated arguments."""
-
-    __slots__ = ("call", "name")
-
-    def __init__(self, name: str, call: Callable[..., Any]) -> None:
-        self.name = name
-        self.call = call
-
-
-class Macro:
-    """A macro with the scope it was written in."""
-
-    __slots__ = ("body", "defaults", "name", "params", "scope", "uses")
-
-    def __init__(self, name: str, node: nodes.Macro | nodes.CallBlock, scope: Scope) -> None:
-        self.name = name
-        self.params = [cast("str", param.name) for param in node.args]
-        self.defaults = node.defaults
-        self.body = node.body
-        self.scope = scope
-        names = {name.name for child in node.body for name in child.find_all(nodes.Name)}
-        self.uses = names & {"varargs", "kwargs", "caller"}
-
-
-class Loop:
-    """The variable `loop`; looks one item ahead only when asked."""
-
-    def __init__(
-        self,
-        budget: Budget,
-        items: Iterator[Any],
-        known: Any,
-        depth: int,
-        recurse: Callable[[Any], str] | None,
-    ) -> None:
-        self._budget = budget
-        self._items = items
-        self._known = known
-        self._ahead: list[Any] = []
-        self.index0 = -1
-        self.depth0 = depth
-        self.recurse = recurse
-        self.previous: list[Any] = []
-        self.current: list[Any] = []
-        self.seen: list[Any] = []
-
-    def advance(self) -> bool:
-        """Go to the next item; False at the end."""
-        if not self._peek():
-            return False
-        self.previous = self.current
-        self.current = [self._ahead.pop()]
-        self.index0 += 1
-        return True
-
-    def _peek(self) -> bool:
-        if not self._ahead:
-            for item in self._items:
-                self._ahead.append(item)
-                break
-        return bool(self._ahead)
-
-    def length(self) -> int:
-        """Number of items; reads the rest of an iterator."""
-        if not hasattr(self._known, "__len__"):
-            rest = self._ahead
-            self._ahead = []
-            for item in self._items:
-                self._budget.take(48)
-                rest.append(item)
-            self._items = iter(rest)
-            self._known = range(self.index0 + 1 + len(rest))
-        return len(self._known)
-
-    def attribute(self, name: str, environment: Environment) -> Any:
-        """`loop.name`."""
-        if name == "index0":
-            return self.index0
-        if name == "index":
-            return self.index0 + 1
-        if name == "first":
-            return self.index0 == 0
-        if name == "last":
-            return not self._peek()
-        if name == "length":
-            return self.length()
-        if name == "revindex":
-            return self.length() - self.index0
-        if name == "revindex0":
-            return self.length() - self.index0 - 1
-        if name == "depth0":
-            return self.depth0
-        if name == "depth":
-            return self.depth0 + 1
-        if name == "previtem":
-            return (
-                self.previous[0]
-                if self.previous
-                else environment.undefined("there is no previous item")
-            )
-        if name == "nextitem":
-            return (
-                self._ahead[0] if self._peek() else environment.undefined("there is no next item")
-            )
-        if name == "cycle":
-            return Function("loop.cycle", lambda *args: args[self.index0 % len(args)])
-        if name == "changed":
-            return Function("loop.changed", self._changed)
-        return environment.undefined(name=f"loop.{name}")
-
-    def _changed(self, *values: Any) -> bool:
-        new = self.seen != [values]
-        self.seen = [values]
-        return new
 
 
 class Evaluator:
@@ -238,8 +104,8 @@ class Evaluator:
             nodes.FilterBlock: self._filter_block,
             nodes.With: self._with,
             nodes.Scope: lambda node, scope, out: self.run(node.body, Scope(scope, {}), out),
-            nodes.Break: lambda *_: "break",
-            nodes.Continue: lambda *_: "continue",
+            nodes.Break: lambda node, scope, out: "break",
+            nodes.Continue: lambda node, scope, out: "continue",
         }
 
     # Statements: what they print goes to `out`; they return "break" or "continue" to the loop around them.
@@ -466,7 +332,7 @@ class Evaluator:
         """The items of a value, each counted as a step."""
         if not isinstance(value, ITERABLE):
             raise TemplateError(f"{kind_of(value)!r} object is not iterable")
-        return self._counted(cast("Any", value))
+        return self._counted(value)
 
     def _counted(self, value: Any) -> Iterator[Any]:
         for item in value:
@@ -481,7 +347,7 @@ class Evaluator:
 
     def equal(self, left: Any, right: Any) -> bool:
         """Whether two values are equal."""
-        if isinstance(left, list | tuple | dict) and isinstance(right, list | tuple | dict):
+        if (is_list(left) or is_dict(left)) and (is_list(right) or is_dict(right)):
             self.budget.step(1 + min(self.budget.weight(left), self.budget.weight(right)) // 8)
         return left == right
 
@@ -511,10 +377,11 @@ class Evaluator:
             return value.attribute(name, self.environment)
         if isinstance(value, Macro | Function):
             return None
-        call = self.methods.get(type(value), {}).get(name)
+        kind = cast("type[Any]", type(value))
+        call = self.methods.get(kind, {}).get(name)
         if call is not None:
             return Function(name, lambda *args, **kwargs: call(self, value, *args, **kwargs))
-        if hasattr(type(value), name):
+        if hasattr(kind, name):
             raise TemplateError(
                 f"access to attribute {name!r} of {kind_of(value)!r} object is not offered to chat templates"
             )
@@ -524,23 +391,18 @@ class Evaluator:
         """`value[key]`, else an attribute of that name, else undefined."""
         if isinstance(value, Undefined):
             value._fail_with_undefined_error()  # pyright: ignore[reportPrivateUsage]
-        if isinstance(value, str | list | tuple | dict | range):
+        if isinstance(value, str | range) or is_list(value) or is_dict(value):
             try:
-                self.budget.step(
-                    1 + (self.budget.weight(key) // 64 if isinstance(key, tuple) else 0)
-                )
+                self.budget.step(1 + (self.budget.weight(key) // 64 if is_list(key) else 0))
                 return cast("Any", value)[key]
             except (TypeError, LookupError):
                 pass
-        if isinstance(key, str):
-            if key.startswith("_"):
-                raise TemplateError(
-                    f"access to attribute {key!r} of {kind_of(value)!r} object is unsafe"
-                )
-            found = self.method(value, key)
-            if found is not None:
-                return found
-        return self.environment.undefined(obj=value, name=key)
+        if not isinstance(key, str):
+            return self.environment.undefined(obj=value, name=cast("Any", key))
+        if key.startswith("_"):
+            raise TemplateError(f"attribute {key!r} of {kind_of(value)!r} object is unsafe")
+        found = self.method(value, key)
+        return self.environment.undefined(obj=value, name=key) if found is None else found
 
     def call(self, target: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call a value."""
@@ -596,9 +458,9 @@ class Evaluator:
             return value[part]
         if isinstance(value, range):
             return value[part]
-        if isinstance(value, list | tuple):
+        if is_list(value):
             self.budget.take(64 + 8 * len(value))
-            return self.budget.made(cast("Any", value)[part])
+            return self.budget.made(value[part])
         if isinstance(value, Undefined):
             value._fail_with_undefined_error()  # pyright: ignore[reportPrivateUsage]
         return self.environment.undefined(obj=value, name=str(part))
@@ -667,8 +529,12 @@ class Evaluator:
             return not self.equal(left, right)
         if op in ("in", "notin"):
             return self.contains(right, left) == (op == "in")
-        if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-            self.budget.step(1 + self.budget.weight(cast("Any", left)) // 8)
+        if is_list(left) or is_list(right):
+            self.budget.step(1 + self.budget.weight(left) // 8)
+        return self._ordered(op, left, right)
+
+    @staticmethod
+    def _ordered(op: str, left: Any, right: Any) -> bool:
         if op == "lt":
             return left < right
         if op == "lteq":
@@ -681,12 +547,12 @@ class Evaluator:
         """`value in container`."""
         if isinstance(container, (list, tuple, *VIEWS)):
             return any(self.equal(item, value) for item in self.iterate(container))
-        if isinstance(container, str | dict | range | Undefined):
+        if isinstance(container, str | range | Undefined) or is_dict(container):
             if isinstance(container, str):
                 self.budget.step(1 + len(container) // 4096)
-            if isinstance(value, tuple):
+            if is_list(value):
                 self.budget.step(1 + self.budget.weight(value) // 8)
-            return value in container
+            return value in cast("Any", container)
         raise TemplateError(f"argument of type {kind_of(container)!r} is not iterable")
 
     def _concat(self, node: nodes.Concat, scope: Scope) -> str:
@@ -712,16 +578,16 @@ class Evaluator:
         if isinstance(left, Undefined) or isinstance(right, Undefined):
             undefined = left if isinstance(left, Undefined) else right
             if not (op == "%" and isinstance(left, str)):
-                undefined._fail_with_undefined_error()
+                undefined._fail_with_undefined_error()  # pyright: ignore[reportPrivateUsage]
         if op == "+" and isinstance(left, str) and isinstance(right, str):
             self.budget.take(text_bytes(left) + text_bytes(right))
             return left + right
-        if op == "+" and isinstance(left, list | tuple) and type(left) is type(right):
+        if op == "+" and is_list(left) and type(left) is type(right):
             self.budget.take(64 + 8 * (len(left) + len(right)))
-            return self.budget.made(left + right)
+            return self.budget.made(cast("Any", left) + right)
         if op == "*" and isinstance(left, int) and not isinstance(left, float):
             left, right = right, left
-        if op == "*" and isinstance(right, int) and isinstance(left, str | list | tuple):
+        if op == "*" and isinstance(right, int) and (isinstance(left, str) or is_list(left)):
             count = max(int(right), 0)
             if isinstance(left, str):
                 self.budget.take(text_bytes(left) * count)

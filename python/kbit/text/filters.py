@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import markupsafe
 from jinja2 import Undefined, filters, tests
 
 from kbit.text.budget import TemplateError, kind_of, text_bytes
-from kbit.text.evaluate import VIEWS, Function, Macro
+from kbit.text.evaluate import VIEWS
 from kbit.text.methods import (
     as_text,
     number_in,
@@ -26,6 +27,7 @@ from kbit.text.methods import (
     string_of,
     width_of,
 )  # fmt: skip
+from kbit.text.values import Function, Macro
 
 if TYPE_CHECKING:
     from kbit.text.evaluate import Evaluator
@@ -82,7 +84,7 @@ def _first(ev: Evaluator, value: Any) -> Any:
 
 def _last(ev: Evaluator, value: Any) -> Any:
     if isinstance(value, (Undefined, dict, range, str, list, tuple, *VIEWS)):
-        for item in reversed(cast("Any", value)) if not isinstance(value, Undefined) else ():
+        for item in reversed(value) if not isinstance(value, Undefined) else ():
             return item
         return ev.environment.undefined("No last item, sequence was empty.")
     raise TemplateError(f"{kind_of(value)!r} object is not reversible")
@@ -359,7 +361,11 @@ def _striptags(ev: Evaluator, value: Any) -> str:
 
 
 def _escape(ev: Evaluator, value: Any) -> str:
-    return str(filters.escape(as_text(ev, value, 5)))
+    return str(markupsafe.escape(as_text(ev, value, 5)))
+
+
+def _filesizeformat(ev: Evaluator, value: Any, binary: Any = False) -> str:
+    return filters.do_filesizeformat(ev.number(value), bool(binary))
 
 
 def _urlencode(ev: Evaluator, value: Any) -> str:
@@ -382,7 +388,7 @@ FILTERS: Mapping[str, Call] = {
     "abs": _abs, "attr": _attr, "batch": _batch, "center": _center, "count": _length, "d": _default,
     "default": _default, "capitalize": _on_text(str.capitalize, 3), "dictsort": _dictsort, "e": _escape,
     "escape": _escape,
-    "filesizeformat": lambda ev, value, binary=False: filters.do_filesizeformat(ev.number(value), bool(binary)),
+    "filesizeformat": _filesizeformat,
     "first": _first, "float": _float, "groupby": _groupby, "indent": _indent, "int": _int, "items": _items,
     "format": lambda ev, value, *args, **kwargs: percent(ev, ev.text(value), kwargs or args),
     "join": _joined, "last": _last, "length": _length,
@@ -400,7 +406,10 @@ FILTERS: Mapping[str, Call] = {
 
 
 def _compared(op: str) -> Call:
-    return lambda ev, value, other: ev.compared(op, value, other)
+    def call(ev: Evaluator, value: Any, other: Any) -> bool:
+        return ev.compared(op, value, other)
+
+    return call
 
 
 def _plain(function: Callable[..., bool]) -> Call:
@@ -410,6 +419,10 @@ def _plain(function: Callable[..., bool]) -> Call:
 def _case(name: str) -> Call:
     function: Callable[[str], bool] = operator.methodcaller(name)
     return lambda ev, value: function(as_text(ev, value))
+
+
+def _in(ev: Evaluator, value: Any, container: Any) -> bool:
+    return ev.contains(container, value)
 
 
 def _divisible(ev: Evaluator, value: Any, by: Any) -> bool:
@@ -425,7 +438,7 @@ TESTS: Mapping[str, Call] = {
     "callable": lambda ev, value: isinstance(value, Function | Macro),
     "escaped": lambda ev, value: False,
     "filter": lambda ev, value: value in FILTERS and value != "%", "test": lambda ev, value: value in TESTS,
-    "in": lambda ev, value, container: ev.contains(container, value),
+    "in": _in,
     "odd": lambda ev, value: ev.number(value) % 2 == 1, "even": lambda ev, value: ev.number(value) % 2 == 0,
     "divisibleby": _divisible, "lower": _case("islower"), "upper": _case("isupper"),
     **dict.fromkeys(("eq", "==", "equalto"), _compared("eq")), **dict.fromkeys(("ne", "!="), _compared("ne")),

@@ -317,11 +317,11 @@ def _ends(meta: Metadata) -> list[int]:
 
 def _add_tokens(core: tokenizers.Tokenizer, meta: Metadata) -> None:
     """Control tokens are parsed from text on request, user-defined ones always."""
-    core.add_tokens(
-        [AddedToken(meta.tokens[i], normalized=False) for i in meta.ids_of(USER_DEFINED)]
-    )
+    own = meta.ids_of(USER_DEFINED)
     control = sorted(meta.ids_of(CONTROL) + meta.ids_of(UNKNOWN))
-    core.add_special_tokens([AddedToken(meta.tokens[i], normalized=False) for i in control])
+    tokens = [AddedToken(token, normalized=False) for token in meta.tokens]
+    core.add_tokens([tokens[i] for i in own])  # pyright: ignore[reportUnknownMemberType]
+    core.add_special_tokens([tokens[i] for i in control])  # pyright: ignore[reportUnknownMemberType]
 
 
 def _affixes(

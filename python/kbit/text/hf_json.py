@@ -11,6 +11,7 @@ import tokenizers
 
 from kbit._core import ModelFormatError
 from kbit.text import gguf_vocab, patterns
+from kbit.text.budget import is_dict, is_list
 from kbit.text.charsmap import Charsmap
 from kbit.text.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS, typed_failures
 
@@ -114,17 +115,14 @@ def check(spec: dict[str, Any]) -> None:
 
 def _check_model(model: dict[str, Any]) -> None:
     vocab: Any = model.get("vocab")
-    if isinstance(vocab, dict):
-        tokens = list(cast("dict[str, Any]", vocab))
+    tokens: list[str]
+    if is_dict(vocab):
+        tokens = list(vocab)
         if not all(type(i) is int and 0 <= i < MAX_TOKENS for i in vocab.values()):
             raise ModelFormatError(f"tokenizer.json: a token has no id in 0..{MAX_TOKENS - 1}")
         longest = MAX_TOKEN_BYTES
-    elif isinstance(vocab, list):  # Unigram: every prefix of every place is looked up
-        tokens = [
-            each[0]
-            for each in cast("list[Any]", vocab)
-            if isinstance(each, list) and each and isinstance(each[0], str)
-        ]
+    elif is_list(vocab):  # Unigram: every prefix of every place is looked up
+        tokens = [each[0] for each in vocab if is_list(each) and each and isinstance(each[0], str)]
         if len(tokens) != len(vocab):
             raise ModelFormatError(
                 "tokenizer.json: the vocabulary of a Unigram model holds tokens with scores, and not only those"
@@ -161,7 +159,7 @@ def _check_patterns(part: Any) -> None:
 def _growth(normalizer: Any) -> int:
     """How many times as long a normalizer can make a text."""
     match normalizer:
-        case {"type": "Sequence", "normalizers": list(parts)}:
+        case {"type": "Sequence", "normalizers": parts} if is_list(parts):
             growth = 1
             for part in parts:
                 growth *= _growth(part)

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate
 
-from kbit.text.budget import TemplateError, kind_of, text_bytes
+from kbit.text.budget import TemplateError, is_list, kind_of, text_bytes
 
 if TYPE_CHECKING:
     from kbit.text.evaluate import Evaluator
@@ -102,9 +102,11 @@ def splitlines(ev: Evaluator, value: str, keepends: Any = False) -> list[str]:
 
 def _partition(name: str) -> Call:
     function = getattr(str, name)
-    return lambda ev, value, sep: ev.budget.container(
-        function(as_text(ev, value), string_of(sep, name))
-    )
+
+    def call(ev: Evaluator, value: str, sep: Any) -> Any:
+        return ev.budget.container(function(as_text(ev, value), string_of(sep, name)))
+
+    return call
 
 
 def str_replace(ev: Evaluator, value: str, old: Any, new: Any, count: Any = -1) -> str:
@@ -144,7 +146,7 @@ def _format(ev: Evaluator, template: str, *args: Any, **kwargs: Any) -> str:
         except LookupError:
             raise TemplateError(f"format has no value for the field {name!r}") from None
         for is_attribute, key in path:
-            value = ev.attribute(value, key) if is_attribute else ev.item(value, key)
+            value = ev.attribute(value, str(key)) if is_attribute else ev.item(value, key)
         if conversion is not None and conversion != "s":
             raise TemplateError(f"format offers the conversion !s, not !{conversion}")
         if "{" in (spec or "") or any(
@@ -190,8 +192,8 @@ _CONVERSION = re.compile(
 def percent(ev: Evaluator, template: Any, values: Any) -> str:
     """``template % values``, one conversion at a time."""
     text = string_of(template, "%")
-    rest: list[Any] | None = list(values) if isinstance(values, tuple) else None
-    single = [values]
+    rest: list[Any] | None = [*values] if is_list(values) and type(values) is tuple else None
+    single: list[Any] = [values]
     out: list[str] = []
     at = 0
     for match in _CONVERSION.finditer(text):

@@ -65,8 +65,8 @@ class _Reader:
 
     def __init__(self, pattern: str) -> None:
         self._text = pattern
-        self._at = 0
-        self._depth = 0
+        self._at: int = 0
+        self._depth: int = 0
 
     def read(self) -> Shape:
         shape = self._alternatives()

@@ -352,9 +352,8 @@ def _bpe(model: Model) -> tokenizers.Tokenizer:
             unk_token=None if unk is None else model.tokens[unk],
         )
     )  # fmt: skip
-    core.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in _typed(model) if k == USER_DEFINED]
-    )
+    own = [AddedToken(t, normalized=False) for t, k in _typed(model) if k == USER_DEFINED]
+    core.add_tokens(own)  # pyright: ignore[reportUnknownMemberType]
     return core
 
 

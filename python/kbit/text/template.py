@@ -21,9 +21,10 @@ from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 
 from kbit.text.budget import MAX_NESTING, MAX_SECONDS, Budget, TemplateError, kind_of
-from kbit.text.evaluate import Evaluator, Function, Namespace
+from kbit.text.evaluate import Evaluator
 from kbit.text.filters import FILTERS, TESTS
 from kbit.text.methods import METHODS
+from kbit.text.values import Function, Namespace
 
 MAX_SOURCE = 1 << 20
 """Longest source, in characters."""
@@ -215,8 +216,8 @@ def _functions(budget: Budget) -> dict[str, Any]:
         return made
 
     def namespace(*args: Any, **kwargs: Any) -> Namespace:
-        attributes = dict(*args, **kwargs)
-        budget.step(1 + len(attributes))
+        attributes: dict[Any, Any] = dict(*args, **kwargs)
+        budget.take(64 + 120 * len(attributes))
         if any(not isinstance(name, str) or name.startswith("_") for name in attributes):
             raise TemplateError("a namespace takes names that do not begin with an underscore")
         return Namespace(attributes)

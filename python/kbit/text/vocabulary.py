@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import tokenizers
@@ -89,7 +89,7 @@ class Vocabulary:
 
 
 @contextlib.contextmanager
-def typed_failures(what: str) -> Iterator[None]:
+def typed_failures(what: str) -> Generator[None, None, None]:
     """What `tokenizers` raises inside, a panic of its Rust code too, becomes a ModelFormatError."""
     try:
         yield

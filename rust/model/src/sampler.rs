@@ -1,7 +1,7 @@
 //! From logits to a token: `docs/numerics.md`, section 7.
 //!
 //! Order: repetition penalty, temperature, top-k, top-p, min-p, draw. Candidates are taken by (logit descending, id
-//! ascending); probabilities are f64 and summed in that order.
+//! ascending); probabilities are f64.
 
 use std::collections::BTreeSet;
 
@@ -92,18 +92,28 @@ impl Sampling {
         seen: impl IntoIterator<Item = u32>,
         drawn: u64,
     ) -> Result<u32> {
-        let candidates = self.candidates(logits, seen)?;
-        let total: f64 = candidates.iter().map(|c| c.1).sum();
+        let mut order = self.order(logits, seen)?;
+        let kept = if self.top_p < 1.0 || self.min_p > 0.0 {
+            self.kept(&mut order)
+        } else {
+            order.len()
+        };
+        let total: f64 = if kept == order.len() {
+            order.total
+        } else {
+            (0..kept).map(|i| order.get(i).1).sum()
+        };
         let target = uniform(self.seed, drawn) * total;
         let mut sum = 0.0;
-        for &(id, p) in &candidates {
+        for i in 0..kept {
+            let (id, p) = order.get(i);
             sum += p;
             if target < sum {
                 return Ok(id);
             }
         }
-        // Only rounding of the sum gets here.
-        Ok(candidates[candidates.len() - 1].0)
+        // Only rounding of the sums gets here.
+        Ok(order.get(kept - 1).0)
     }
 
     /// The ids that may be drawn, most likely first, with their weights (the first has 1). Never empty.
@@ -115,6 +125,16 @@ impl Sampling {
         logits: &mut [f32],
         seen: impl IntoIterator<Item = u32>,
     ) -> Result<Vec<(u32, f64)>> {
+        let mut order = self.order(logits, seen)?;
+        Ok((0..self.kept(&mut order)).map(|i| order.get(i)).collect())
+    }
+
+    /// Everything up to top-k.
+    fn order<'a>(
+        &self,
+        logits: &'a mut [f32],
+        seen: impl IntoIterator<Item = u32>,
+    ) -> Result<Order<'a>> {
         if let Some((id, v)) = logits
             .iter()
             .enumerate()
@@ -135,58 +155,110 @@ impl Sampling {
                 }
             }
         }
-        let mut ids = sorted(
+        let top_k = if self.temperature == 0.0 {
+            1
+        } else {
+            self.top_k
+        };
+        let order = Order::new(
             logits,
+            top_k,
             if self.temperature == 0.0 {
-                1
+                1.0
             } else {
-                self.top_k
+                self.temperature
             },
         );
-        let Some(&best) = ids
-            .first()
-            .filter(|&&id| logits[id as usize] > f32::NEG_INFINITY)
-        else {
-            return Err(Error::Device(
-                "no token is possible: every logit is minus infinity".into(),
-            ));
-        };
-        if self.temperature == 0.0 {
-            return Ok(vec![(best, 1.0)]);
+        order.ok_or_else(|| {
+            Error::Device("no token is possible: every logit is minus infinity".into())
+        })
+    }
+
+    /// How many of the ordered ids top-p and min-p leave.
+    fn kept(&self, order: &mut Order) -> usize {
+        let (goal, least) = (f64::from(self.top_p) * order.total, f64::from(self.min_p));
+        let mut sum = 0.0;
+        for i in 0..order.len() {
+            let p = order.get(i).1;
+            // The first one always stays: nothing before it reaches a goal above 0, and its weight is 1.
+            if (self.top_p < 1.0 && sum >= goal) || p < least {
+                return i.max(1);
+            }
+            sum += p;
         }
-        let scaled = |id: u32| f64::from(logits[id as usize] / self.temperature);
-        let max = scaled(best);
-        // A temperature close to 0 makes infinities of finite logits: there the best one takes everything.
-        if !max.is_finite() {
-            return Ok(vec![(best, 1.0)]);
-        }
-        ids.retain(|&id| logits[id as usize] > f32::NEG_INFINITY);
-        let mut candidates: Vec<(u32, f64)> = ids
-            .into_iter()
-            .map(|id| (id, libm::exp(scaled(id) - max)))
-            .collect();
-        if self.top_p < 1.0 {
-            let goal = f64::from(self.top_p) * candidates.iter().map(|c| c.1).sum::<f64>();
-            let mut sum = 0.0;
-            let kept = candidates
-                .iter()
-                .take_while(|c| {
-                    let more = sum < goal;
-                    sum += c.1;
-                    more
-                })
-                .count();
-            candidates.truncate(kept.max(1));
-        }
-        let min_p = f64::from(self.min_p);
-        candidates.retain(|c| c.1 >= min_p);
-        Ok(candidates)
+        order.len()
     }
 }
 
-/// Ids by (logit descending, id ascending); only the first `top` when that is not 0.
-fn sorted(logits: &[f32], top: usize) -> Vec<u32> {
-    // One integer a token that sorts as wanted: the logit's bits made monotone and turned round, then the id.
+/// Possible ids by (logit descending, id ascending), sorted only as far as somebody looks: most draws need few of many.
+struct Order<'a> {
+    logits: &'a [f32],
+    /// The first `sorted` in order, all others behind them.
+    keys: Vec<u64>,
+    sorted: usize,
+    temperature: f32,
+    /// The largest logit over the temperature.
+    max: f64,
+    /// Sum of all weights.
+    total: f64,
+}
+
+impl<'a> Order<'a> {
+    /// The first `top` ids (0: all) whose logit is not minus infinity; None if there are none.
+    fn new(logits: &'a [f32], top: usize, temperature: f32) -> Option<Self> {
+        let keys = keys(logits, top);
+        let mut order = Self {
+            logits,
+            keys,
+            sorted: 0,
+            temperature,
+            max: 0.0,
+            total: 0.0,
+        };
+        let &best = order.keys.iter().min()?;
+        order.max = order.scaled(best as u32);
+        // A temperature close to 0 makes infinities of finite logits: there the best one takes everything.
+        if !order.max.is_finite() {
+            order.keys = vec![best];
+            order.max = 0.0;
+            order.temperature = f32::INFINITY;
+        }
+        order.total = order.keys.iter().map(|&key| order.weight(key as u32)).sum();
+        Some(order)
+    }
+
+    fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    fn scaled(&self, id: u32) -> f64 {
+        f64::from(self.logits[id as usize] / self.temperature)
+    }
+
+    fn weight(&self, id: u32) -> f64 {
+        libm::exp(self.scaled(id) - self.max)
+    }
+
+    /// The i-th id and its weight.
+    fn get(&mut self, i: usize) -> (u32, f64) {
+        while i >= self.sorted {
+            let (from, more) = (self.sorted, (3 * self.sorted).max(64));
+            let rest = &mut self.keys[from..];
+            if more < rest.len() {
+                rest.select_nth_unstable(more);
+            }
+            let more = more.min(rest.len());
+            rest[..more].sort_unstable();
+            self.sorted += more;
+        }
+        let id = self.keys[i] as u32;
+        (id, self.weight(id))
+    }
+}
+
+/// One integer for each id that sorts as wanted: the logit's bits made monotone and turned round, then the id. Only the
+/// first `top` (in no order) when that is not 0, and none whose logit is minus infinity.
+fn keys(logits: &[f32], top: usize) -> Vec<u64> {
     let key = |(id, &v): (usize, &f32)| {
         let bits = (v + 0.0).to_bits();
         let ascending = if bits >> 31 == 0 {
@@ -196,13 +268,16 @@ fn sorted(logits: &[f32], top: usize) -> Vec<u32> {
         };
         u64::from(!ascending) << 32 | id as u64
     };
-    let mut keys: Vec<u64> = logits.iter().enumerate().map(key).collect();
+    let possible = logits
+        .iter()
+        .enumerate()
+        .filter(|(_, v)| **v > f32::NEG_INFINITY);
+    let mut keys: Vec<u64> = possible.map(key).collect();
     if top > 0 && top < keys.len() {
         keys.select_nth_unstable(top - 1);
         keys.truncate(top);
     }
-    keys.sort_unstable();
-    keys.into_iter().map(|k| k as u32).collect()
+    keys
 }
 
 /// Log-probabilities of `logits`, before anything changed them.
@@ -233,9 +308,10 @@ impl<'a> LogProbs<'a> {
         if n == 0 {
             return Vec::new();
         }
-        sorted(self.logits, n)
-            .into_iter()
-            .map(|id| (id, self.of(id)))
+        let mut keys = keys(self.logits, n);
+        keys.sort_unstable();
+        keys.into_iter()
+            .map(|key| (key as u32, self.of(key as u32)))
             .collect()
     }
 }

@@ -61,7 +61,11 @@ def test_arrays_come_as_they_are(every_dtype):
     assert sorted(file.names()) == sorted(tensors)
     for name, expected in tensors.items():
         array = file.read(name)
-        assert (array.dtype, array.shape) == (expected.dtype, expected.shape) == (array.dtype, file.shape(name))
+        assert (
+            (array.dtype, array.shape)
+            == (expected.dtype, expected.shape)
+            == (array.dtype, file.shape(name))
+        )
         assert np.array_equal(array, expected)
         assert file.nbytes(name) == expected.nbytes
         # Ours alone: writing to it changes nothing, and it outlives the file.
@@ -80,7 +84,7 @@ def test_a_missing_file_is_pythons_own_error(tmp_path):
     with pytest.raises(IsADirectoryError):
         _core.TensorFile(tmp_path)
     (tmp_path / "short").write_bytes(b"abc")
-    with pytest.raises(kbit.ModelFormatError, match="short: .* 8 bytes, the file has 3"):
+    with pytest.raises(kbit.ModelFormatError, match=r"short: .* 8 bytes, the file has 3"):
         _core.TensorFile(tmp_path / "short")
     with pytest.raises(TypeError):
         _core.TensorFile(3)
@@ -103,7 +107,11 @@ def engine(tmp_path_factory):
 
 def test_ids_are_uint32_in_one_dimension(engine):
     for wrong in (np.arange(5), np.arange(5.0), [1, 2, 3], "abc", np.ones((2, 2), np.uint32)):
-        for call in (engine.forward, engine.score, lambda ids: engine.submit(ids, max_new_tokens=1)):
+        for call in (
+            engine.forward,
+            engine.score,
+            lambda ids: engine.submit(ids, max_new_tokens=1),
+        ):
             with pytest.raises(TypeError):
                 call(wrong)
 
@@ -195,7 +203,11 @@ def test_weights_describe_themselves(bits):
     [
         (np.ones((4, 64), np.float32), {"bits": 1}, "bits must be 2..=8"),
         (np.ones((4, 64), np.float32), {"bits": 4, "block": 7}, "block"),
-        (np.ones((4, 64), np.float32), {"bits": 4, "format": "best"}, "format must be .*, is 'best'"),
+        (
+            np.ones((4, 64), np.float32),
+            {"bits": 4, "format": "best"},
+            "format must be .*, is 'best'",
+        ),
         (np.full((4, 64), np.nan, np.float32), {"bits": 4}, "row 0"),
         (np.ones((0, 64), np.float32), {"bits": 4}, "rows"),
         (np.ones((4, 64), np.float32), {"bits": 4, "importance": np.ones(3, np.float32)}, "3"),

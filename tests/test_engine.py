@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from engines import finish, load
+from engines import finish, load, parts
 from kbit import _core
 
 pytestmark = pytest.mark.core
@@ -81,7 +81,10 @@ def draw(logits, seen, step, *, temperature, top_k, top_p, min_p, repetition_pen
     p = np.exp(scaled - scaled[0])
     if top_p < 1:
         before = np.cumsum(p) - p
-        order, p = order[before < np.float32(top_p) * p.sum()], p[before < np.float32(top_p) * p.sum()]
+        order, p = (
+            order[before < np.float32(top_p) * p.sum()],
+            p[before < np.float32(top_p) * p.sum()],
+        )
     order, p = order[p >= np.float32(min_p)], p[p >= np.float32(min_p)]
     low, high, *_ = philox(step, seed)
     target = ((high << 32 | low) >> 11) / 2**53 * p.sum()
@@ -128,6 +131,54 @@ def test_log_probabilities(engine):
     assert all(t.logprob is None and t.top == [] for t in without)
 
 
+# The CPU device against plain loops: every bit
+
+
+def agree(spec, weights, **options):
+    """Logits, hidden states, scores and tokens of both devices are equal."""
+    ids = np.array([(i * i + 3 * i) % 250 for i in range(90)], np.uint32)
+    found = []
+    for device in DEVICES:
+        engine = _core.Engine(spec, weights, device=device, **options)
+        out = engine.forward(ids, hidden_states=True)
+        tokens = generate(engine, ids[:20], max_new_tokens=20, temperature=0.8, seed=5)
+        found.append((out["logits"], out["hidden_states"], engine.score(ids), tokens))
+        assert np.isfinite(out["logits"]).all()
+    (a, b) = found
+    assert np.array_equal(a[0], b[0])
+    assert all(np.array_equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+    assert np.array_equal(a[2], b[2])
+    assert a[3] == b[3]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("activations", ["int8", "f32"])
+def test_devices_agree_at_every_width(directory, bits, activations):
+    spec, weights = parts(directory)
+    for name, weight in weights.items():
+        if len(weight.shape) == 2:
+            weights[name] = _core.quantize(weight.dequantize(), bits)
+    agree(spec, weights, activations=activations)
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "i8"])
+def test_devices_agree_with_every_cache(directory, kv):
+    agree(*parts(directory), kv=kv)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gpt2", "gpt_neox", "mixtral", "opt", "phi3", "qwen2", "qwen3", "llama_rope3"],
+)
+def test_devices_agree_on_every_architecture(shared, name, bits):
+    spec, weights = parts(shared(f"golden/{name}"))
+    for key, weight in weights.items():
+        if bits and len(weight.shape) == 2 and not key.endswith("positions.weight"):
+            weights[key] = _core.quantize(weight.dequantize(), bits)
+    agree(spec, weights)
+
+
 # The same whatever happens around it
 
 
@@ -158,9 +209,8 @@ def test_sixteen_threads_get_what_each_gets_alone(engine):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_results_do_not_depend_on_the_batch_or_the_room(directory, device):
-    ids, options = wishes(7)
     small = load(directory, device=device, kv="f32", max_batch=1)
-    expected = [generate(small, *[w[0]], **w[1]) for w in map(wishes, range(8))]
+    expected = [generate(small, w[0], **w[1]) for w in map(wishes, range(8))]
     # Room for two or three of these requests, not for eight: one token is 2 layers x (keys, values) x 32 f32; the
     # CPU device gives memory to sequences in pages of 256 tokens.
     room = 512 * (160 if device == "reference" else 3 * 256)
@@ -191,7 +241,9 @@ def test_requests_report_how_they_went(engine):
     assert request.wait() is None
     stop = tokens[2].id
     first = next(i for i, t in enumerate(tokens) if t.id == stop)
-    request = engine.submit(np.arange(9, dtype=np.uint32), max_new_tokens=6, temperature=0.0, eos=[stop])
+    request = engine.submit(
+        np.arange(9, dtype=np.uint32), max_new_tokens=6, temperature=0.0, eos=[stop]
+    )
     assert ([t.id for t in finish(request)], request.finish_reason) == (
         [t.id for t in tokens[: first + 1]],
         "stop",

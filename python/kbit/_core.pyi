@@ -84,7 +84,7 @@ class TensorFile:
     def names(self) -> list[str]:
         """Tensor names in file order."""
     def dtype(self, name: str) -> str:
-        """safetensors name (``"BF16"``) or GGUF type (``"Q4_K"``) of a tensor."""
+        """Name in safetensors (``"BF16"``) or GGUF type (``"Q4_K"``) of a tensor."""
     def shape(self, name: str) -> tuple[int, ...]:
         """Row-major shape (GGUF's dimensions reversed)."""
     def nbytes(self, name: str) -> int:
@@ -122,16 +122,26 @@ class Weight:
         """Header of a k-bit weight: bits, codebook, scales (kind, block, ladder...), permutation, panel layout."""
     def raw(self) -> NDArray[np.uint8]:
         """The bytes in kernel order (a copy)."""
-    def matmul(self, x: NDArray[np.float32], *, activations: str = "int8", threads: int = 0) -> NDArray[np.float32]:
+    def matmul(
+        self, x: NDArray[np.float32], *, activations: str = "int8", threads: int = 0
+    ) -> NDArray[np.float32]:
         """``x @ W.T``: x (tokens, in_features) -> (tokens, out_features), as the engine computes it."""
 
 def quantize(
-    array: NDArray[np.float32], bits: int, *, format: str = "learned", block: int | None = None,
-    importance: NDArray[np.float32] | None = None, threads: int = 0,
+    array: NDArray[np.float32],
+    bits: int,
+    *,
+    format: str = "learned",
+    block: int | None = None,
+    importance: NDArray[np.float32] | None = None,
+    threads: int = 0,
 ) -> Weight:
     """Quantise (out_features, in_features) float32 to `bits` (2..8).
 
     Args:
+        array: (out_features, in_features).
+        bits: Width of a code.
+        threads: 0: all that the process may use.
         format: Codebook: ``"int"``, ``"float"``, ``"quantile"``, ``"nf"`` or ``"learned"``.
         block: Inputs under one sub-scale, 16, 32 or 64; None: the best for `bits`.
         importance: (in_features,) weights of the squared error.
@@ -141,8 +151,14 @@ def quantize(
     """
 
 def load_weight(
-    sources: Sequence[tuple[TensorFile, str]], *, transforms: Sequence[tuple[Any, ...]] = (), bits: int | None = None,
-    dtype: str | None = None, format: str = "learned", block: int | None = None, threads: int = 0,
+    sources: Sequence[tuple[TensorFile, str]],
+    *,
+    transforms: Sequence[tuple[Any, ...]] = (),
+    bits: int | None = None,
+    dtype: str | None = None,
+    format: str = "learned",
+    block: int | None = None,
+    threads: int = 0,
 ) -> Weight:
     """Read, transform and, with `bits`, quantise one weight; holds no more than this tensor unquantised.
 
@@ -153,9 +169,17 @@ def load_weight(
             ``("reshape", *shape)``.
         bits: None keeps what is stored (k-bit GGUF types stay at their own bits).
         dtype: ``"f32"``, ``"f16"``, ``"bf16"``: type of a dense result; None keeps what is stored.
+        format: As in `quantize`.
+        block: As in `quantize`.
+        threads: 0: all that the process may use.
     """
 
-def save_checkpoint(path: str | os.PathLike[str], spec: str, weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    spec: str,
+    weights: Mapping[str, Weight],
+    metadata: Mapping[str, str],
+) -> None:
     """Write `model.safetensors` of docs/formats.md: temporary file, fsync, rename; a checksum per tensor."""
 
 def open_checkpoint(
@@ -164,13 +188,18 @@ def open_checkpoint(
     """(spec, weights, metadata) of a file written by `save_checkpoint`; checksums are verified.
 
     Args:
+        path: `model.safetensors`.
         mapped: Share the pages of the file with other processes instead of copying them. The file must not be truncated
             while the weights live: the system ends a process that touches what is gone.
     """
 
 def load_packed(
-    dialect: str, parts: Mapping[str, tuple[TensorFile, str]], *, transforms: Sequence[tuple[Any, ...]] = (),
-    bits: int | None = None, block: tuple[int, int] | None = None,
+    dialect: str,
+    parts: Mapping[str, tuple[TensorFile, str]],
+    *,
+    transforms: Sequence[tuple[Any, ...]] = (),
+    bits: int | None = None,
+    block: tuple[int, int] | None = None,
 ) -> Weight:
     """A weight of a safetensors dialect at its own bits, every value as it is.
 
@@ -191,7 +220,8 @@ def load_packed(
     """
 
 def save_gguf(
-    path: str | os.PathLike[str], metadata: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
     tensors: Sequence[tuple[str, Sequence[Weight], bool, tuple[int, int] | None]],
 ) -> dict[str, str]:
     """Write GGUF version 3 whose dequantised values are exactly those of the weights; whole or not at all.
@@ -199,6 +229,7 @@ def save_gguf(
     Weights that came from a GGUF type keep it, native ones become Q8_0 where that is exact, all others F32.
 
     Args:
+        path: The file to write.
         metadata: bool, int (written as u32 where it fits), float (f32), str, and lists of these (int as i32).
         tensors: (name, weights, whether they are stacked along a new outermost dimension, (heads, rotated rows of a
             head) of a rotary projection whose halves become pairs side by side, or None).
@@ -215,9 +246,34 @@ class Engine:
     """
 
     def __new__(
-        cls, spec: str, weights: Mapping[str, Weight], *, device: str = "cpu", threads: int = 0, kv: str = "f16",
-        cache_bytes: int = 0, activations: str = "int8", context: int | None = None, max_batch: int = 16,
-    ) -> Engine: ...
+        cls,
+        spec: str,
+        weights: Mapping[str, Weight],
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        kv: str = "f16",
+        cache_bytes: int = 0,
+        activations: str = "int8",
+        context: int | None = None,
+        max_batch: int = 16,
+    ) -> Engine:
+        """Bind weights (canonical names) to a device and start the loop.
+
+        Args:
+            spec: A model spec in JSON.
+            weights: By canonical name; shared, not copied.
+            device: ``"cpu"``, or ``"reference"``: plain loops, for tests.
+            threads: 0: `default_threads`.
+            kv: Type of cached keys and values: ``"f16"``, ``"bf16"``, ``"f32"`` or ``"i8"``.
+            cache_bytes: What the cache may grow to; 0: half of what is free at the first step.
+            activations: ``"int8"`` into k-bit weights, or ``"f32"``, for measuring.
+            context: Positions of a sequence, if fewer than the model has.
+            max_batch: Requests that run at once; others wait.
+
+        Raises:
+            ModelFormatError: Spec and weights do not fit; the sentence names every tensor on both sides.
+        """
     @property
     def context(self) -> int:
         """Positions a sequence may have."""
@@ -228,11 +284,23 @@ class Engine:
     def device(self) -> str:
         """Name of the device."""
     def submit(
-        self, ids: NDArray[np.uint32], *, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, eos: Sequence[int] = (), logprobs: int | None = None,
+        self,
+        ids: NDArray[np.uint32],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        eos: Sequence[int] = (),
+        logprobs: int | None = None,
     ) -> Request:
         """Queue a prompt. Ends at an id of `eos` (which is emitted last), after `max_new_tokens`, or at the context's end."""
-    def forward(self, ids: NDArray[np.uint32], *, hidden_states: bool = False, attentions: bool = False) -> dict[str, Any]:
+    def forward(
+        self, ids: NDArray[np.uint32], *, hidden_states: bool = False, attentions: bool = False
+    ) -> dict[str, Any]:
         """One pass over fresh ids; KeyboardInterrupt is honoured between operations.
 
         ``logits`` (n, vocab) float32; on request ``hidden_states`` [(n, hidden)...] and ``attentions`` [(heads, n, n)...].
@@ -240,7 +308,7 @@ class Engine:
     def score(self, ids: NDArray[np.uint32], start: int = 1) -> NDArray[np.float32]:
         """Log-probability of ids[start:], each given all ids before it."""
     def stats(self) -> dict[str, float]:
-        """Counters: prompt and generated tokens, seconds in prefill and decode, bytes of cache, steps."""
+        """Counters: tokens of prompts and generated, seconds in prefill and decode, steps, preemptions; bytes of cache, requests running and waiting now."""
     def trace(self, on: bool) -> dict[str, int]:
         """Matrix products since tracing was turned on, by kernel (``"k4 ladder32 avx512vbmi m1"``); turns it on or off."""
     def close(self) -> None:

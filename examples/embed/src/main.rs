@@ -4,11 +4,22 @@
 
 use std::error::Error;
 use std::io::Write;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use kbit_model::{Engine, EngineOptions, Generate, Sampling};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("kbit-embed: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, new_tokens, ids @ ..] = arguments.as_slice() else {
         return Err("usage: kbit-embed DIRECTORY NEW_TOKENS ID...".into());

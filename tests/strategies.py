@@ -4,6 +4,9 @@ import struct
 
 import numpy as np
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from kbit import _core
 
 bits = st.integers(2, 8)
 formats = st.sampled_from(["int", "float", "quantile", "nf", "learned"])
@@ -66,3 +69,36 @@ def write_gguf(path, kind, rows, inputs, seed):
     header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
     header += struct.pack("<Q", 1) + b"w" + struct.pack("<IQQIQ", 2, inputs, rows, number, 0)
     path.write_bytes(header + bytes(-len(header) % 32) + blocks.tobytes())
+
+
+def save_parts(path, tensors):
+    """A safetensors file as the parts of `load_packed`."""
+    save_file(tensors, path)
+    file = _core.TensorFile(path)
+    return {name: (file, name) for name in tensors}
+
+
+def write_gptq(path, inputs=256, outputs=48, group=64):
+    """4 bits, zero points, activation order: a permutation of the inputs."""
+    rng = np.random.default_rng(1)
+    words = np.int64(2**31)
+    tensors = {
+        "qweight": rng.integers(-words, words, (inputs // 8, outputs)),
+        "qzeros": rng.integers(-words, words, (inputs // group, outputs // 8)),
+        "g_idx": rng.permutation(np.repeat(np.arange(inputs // group), group)),
+    }
+    tensors = {name: values.astype(np.int32) for name, values in tensors.items()}
+    scales = rng.uniform(0.01, 0.1, (inputs // group, outputs)).astype(np.float16)
+    return save_parts(path, {**tensors, "scales": scales})
+
+
+def write_mxfp4(path, rows=32, inputs=128):
+    """Two experts."""
+    rng = np.random.default_rng(2)
+    return save_parts(
+        path,
+        {
+            "blocks": rng.integers(0, 256, (2, rows, inputs // 32, 16)).astype(np.uint8),
+            "scales": rng.integers(110, 130, (2, rows, inputs // 32)).astype(np.uint8),
+        },
+    )

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 import reference
 from kbit import _core
-from strategies import GGML, bits, formats, matrices, native_blocks, write_gguf
+from strategies import (
+    GGML,
+    bits,
+    formats,
+    matrices,
+    native_blocks,
+    write_gguf,
+    write_gptq,
+    write_mxfp4,
+)
 
 
 @given(bits, st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32 - 1))
@@ -85,33 +93,15 @@ def test_ggufs_types(tmp_path_factory, kind, rows, supers, seed):
 
 
 def test_gptq_with_a_permutation(tmp_path):
-    rng = np.random.default_rng(1)
-    inputs, outputs, group = 256, 48, 64
-    order = rng.permutation(np.repeat(np.arange(inputs // group), group)).astype(np.int32)
-    tensors = {
-        "qweight": rng.integers(-(2**31), 2**31, (inputs // 8, outputs)).astype(np.int32),
-        "qzeros": rng.integers(-(2**31), 2**31, (inputs // group, outputs // 8)).astype(np.int32),
-        "scales": rng.uniform(0.01, 0.1, (inputs // group, outputs)).astype(np.float16),
-        "g_idx": order,
-    }
-    save_file(tensors, tmp_path / "w.safetensors")
-    file = _core.TensorFile(tmp_path / "w.safetensors")
-    weight = _core.load_packed("gptq", {n: (file, n) for n in tensors}, bits=4)
-    matrix = check(weight)
+    parts = write_gptq(tmp_path / "w.safetensors")
+    matrix = check(_core.load_packed("gptq", parts, bits=4))
     assert matrix.scales["offset"] == "zero"
     assert matrix.permutation is not None
 
 
 def test_mxfp4(tmp_path):
-    rng = np.random.default_rng(2)
-    tensors = {
-        "blocks": rng.integers(0, 256, (2, 32, 4, 16)).astype(np.uint8),
-        "scales": rng.integers(110, 130, (2, 32, 4)).astype(np.uint8),
-    }
-    save_file(tensors, tmp_path / "w.safetensors")
-    file = _core.TensorFile(tmp_path / "w.safetensors")
-    sources = {n: (file, n) for n in tensors}
-    matrix = check(_core.load_packed("mxfp4", sources, transforms=[("select", 1)]))
+    parts = write_mxfp4(tmp_path / "w.safetensors")
+    matrix = check(_core.load_packed("mxfp4", parts, transforms=[("select", 1)]))
     assert matrix.scales["scale"] == "e8m0"
 
 

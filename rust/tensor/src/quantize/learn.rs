@@ -88,7 +88,8 @@ pub(super) fn tables(
     let rounds = if learned { ROUNDS } else { 0 };
     if learned {
         let curves = SLOPES.map(|slope| curve(bits, slope));
-        book = curves[sample.best(curves.each_ref().map(|c| (&c[..], ladder)), block)].clone();
+        let best = sample.best(curves.each_ref().map(|c| (&c[..], ladder)), block);
+        book.clone_from(&curves[best]);
     }
     for _ in 0..rounds {
         learn(&mut book, &ladder, block, sample);

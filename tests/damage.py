@@ -73,7 +73,13 @@ class SameGguf:
             fields = other.fields.items()
             self.metadata = repr({k: v.contents() for k, v in fields if not k.startswith("GGUF.")})
             self.tensors = [
-                (t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), t.data_offset, t.n_bytes)
+                (
+                    t.name,
+                    t.tensor_type,
+                    tuple(int(n) for n in reversed(t.shape)),
+                    t.data_offset,
+                    t.n_bytes,
+                )
                 for t in other.tensors
             ]
             self.header = data[: other.data_offset]

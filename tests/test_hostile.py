@@ -10,8 +10,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import save
+
+import tiny
 
 pytest.importorskip("resource", reason="limits of processes are Unix's")
 
@@ -52,7 +53,11 @@ def small_gguf(path):
     writer.add_array("tokenizer.ggml.token_type", [1, 2, 3, 4])
     writer.add_tensor("norm", rng.normal(size=70).astype(np.float32))
     writer.add_tensor("half", rng.normal(size=(5, 30)).astype(np.float16))
-    for kind in (gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K, gguf.GGMLQuantizationType.Q8_0):
+    for kind in (
+        gguf.GGMLQuantizationType.Q4_K,
+        gguf.GGMLQuantizationType.Q6_K,
+        gguf.GGMLQuantizationType.Q8_0,
+    ):
         elements, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = 1024 // elements
         raw = rng.integers(0, 64, (2, blocks // 2 * size), np.uint8)

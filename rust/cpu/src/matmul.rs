@@ -32,18 +32,29 @@ pub fn matmul(
 ) -> Result<Vec<f32>> {
     let shape = weight.shape();
     let &[rows, wanted] = shape.as_slice() else {
-        return Err(Error::Argument(format!("matmul: wants a matrix, has shape {shape:?}")));
+        return Err(Error::Argument(format!(
+            "matmul: wants a matrix, has shape {shape:?}"
+        )));
     };
     if wanted != inputs || inputs == 0 {
-        return Err(Error::Argument(format!("matmul: weight wants in_features = {wanted}, x has {inputs}")));
+        return Err(Error::Argument(format!(
+            "matmul: weight wants in_features = {wanted}, x has {inputs}"
+        )));
     }
     let isa = Cpu::new()?.isa();
-    let threads = if threads == 0 { default_threads()? } else { threads };
+    let threads = if threads == 0 {
+        default_threads()?
+    } else {
+        threads
+    };
     let matrix = Matrix::prepare(weight, activations)?;
     let tokens = x.len() / inputs;
     let mut out = Vec::new();
-    let size = tokens.checked_mul(rows).filter(|&n| out.try_reserve_exact(n).is_ok());
-    let size = size.ok_or_else(|| Error::Memory(format!("matmul: no room for {tokens} x {rows} results")))?;
+    let size = tokens
+        .checked_mul(rows)
+        .filter(|&n| out.try_reserve_exact(n).is_ok());
+    let size = size
+        .ok_or_else(|| Error::Memory(format!("matmul: no room for {tokens} x {rows} results")))?;
     out.resize(size, 0.0);
     let mut acts = Acts::new()?;
     for (x, y) in x.chunks(TOKENS * inputs).zip(out.chunks_mut(TOKENS * rows)) {

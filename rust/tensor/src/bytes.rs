@@ -22,7 +22,10 @@ enum Owner {
     Mapped(#[allow(dead_code, reason = "held for its Drop")] memmap2::MmapMut),
 }
 
-#[allow(unsafe_code, reason = "the one allocation of the crate: aligned and fallible")]
+#[allow(
+    unsafe_code,
+    reason = "the one allocation of the crate: aligned and fallible"
+)]
 impl Bytes {
     /// Zeroed bytes.
     ///
@@ -36,7 +39,11 @@ impl Bytes {
         let layout = Layout::from_size_align(len.max(1), 64).map_err(|_| refuse())?;
         // SAFETY: the layout has a size of at least 1.
         let at = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(refuse)?;
-        Ok(Self { at, len, owner: Owner::Allocated(layout) })
+        Ok(Self {
+            at,
+            len,
+            owner: Owner::Allocated(layout),
+        })
     }
 
     /// Zeroed bytes in pages of their own: they are not touched here, so that whoever fills them pays for a page once.
@@ -47,7 +54,11 @@ impl Bytes {
         map.advise(memmap2::Advice::HugePage).ok();
         let start = map.as_ptr().align_offset(HUGE);
         let at = NonNull::new(map.get_mut(start..)?.get_mut(..len)?.as_mut_ptr())?;
-        Some(Self { at, len, owner: Owner::Mapped(map) })
+        Some(Self {
+            at,
+            len,
+            owner: Owner::Mapped(map),
+        })
     }
 
     /// The pages of a file, shared with other processes until written to (writes stay private).
@@ -60,7 +71,11 @@ impl Bytes {
         let mut map = unsafe { memmap2::MmapOptions::new().map_copy(file)? };
         // An empty map dangles, but is never read.
         let at = NonNull::new(map.as_mut_ptr()).ok_or(std::io::ErrorKind::InvalidInput)?;
-        Ok(Self { at, len: map.len(), owner: Owner::Mapped(map) })
+        Ok(Self {
+            at,
+            len: map.len(),
+            owner: Owner::Mapped(map),
+        })
     }
 
     /// A copy of `data`.

@@ -59,8 +59,14 @@ impl DType {
 
     /// The inverse of [`DType::name`].
     pub fn from_name(name: &str) -> Option<Self> {
-        use DType::{BF16, Bool, F16, F32, F64, F8E4M3, F8E5M2, I8, I16, I32, I64, U8, U16, U32, U64};
-        [F32, F16, BF16, F64, F8E4M3, F8E5M2, I8, U8, I16, U16, I32, U32, I64, U64, Bool].into_iter().find(|d| d.name() == name)
+        use DType::{
+            BF16, Bool, F8E4M3, F8E5M2, F16, F32, F64, I8, I16, I32, I64, U8, U16, U32, U64,
+        };
+        [
+            F32, F16, BF16, F64, F8E4M3, F8E5M2, I8, U8, I16, U16, I32, U32, I64, U64, Bool,
+        ]
+        .into_iter()
+        .find(|d| d.name() == name)
     }
 
     /// Elements as f32: exact for f32, f16, bf16, fp8 and integers up to 24 bits, rounded for f64 and larger integers.
@@ -76,9 +82,13 @@ impl DType {
             Self::F64 => each(bytes, out, |c| f64::from_le_bytes(c) as f32),
             Self::F16 => each(bytes, out, |c| half::f16::from_le_bytes(c).to_f32()),
             // Not `half`'s, which changes signalling NaNs.
-            Self::BF16 => each(bytes, out, |c| f32::from_bits(u32::from(u16::from_le_bytes(c)) << 16)),
+            Self::BF16 => each(bytes, out, |c| {
+                f32::from_bits(u32::from(u16::from_le_bytes(c)) << 16)
+            }),
             Self::F8E4M3 => each(bytes, out, |[c]| f8_e4m3(c)),
-            Self::F8E5M2 => each(bytes, out, |[c]| half::f16::from_bits(u16::from(c) << 8).to_f32()),
+            Self::F8E5M2 => each(bytes, out, |[c]| {
+                half::f16::from_bits(u16::from(c) << 8).to_f32()
+            }),
             Self::I8 => each(bytes, out, |c| i8::from_le_bytes(c) as f32),
             Self::U8 | Self::Bool => each(bytes, out, |[c]| c as f32),
             Self::I16 => each(bytes, out, |c| i16::from_le_bytes(c) as f32),
@@ -104,7 +114,12 @@ impl DType {
             Self::F32 => each(values, out, f32::to_le_bytes),
             Self::F16 => each(values, out, |v| half::f16::from_f32(v).to_le_bytes()),
             Self::BF16 => each(values, out, |v| half::bf16::from_f32(v).to_le_bytes()),
-            _ => return Err(Error::Argument(format!("dense weights are F32, F16 or BF16, not {}", self.name()))),
+            _ => {
+                return Err(Error::Argument(format!(
+                    "dense weights are F32, F16 or BF16, not {}",
+                    self.name()
+                )));
+            }
         }
         Ok(())
     }

@@ -28,8 +28,12 @@ pub use dtype::DType;
 pub use error::{Error, Result};
 pub use export::{GgufTensor, Written, save_gguf};
 pub use file::{Container, Stored, TensorFile, TensorInfo};
-pub use ktensor::{CHUNK, Codebook, KLayout, KTensor, Offset, ROWS, SUPER, ScaleType, Scales, SubScale};
+pub use ktensor::{
+    CHUNK, Codebook, KLayout, KTensor, Offset, ROWS, SUPER, ScaleType, Scales, SubScale,
+};
 pub use load::{Keep, load_weight};
-pub use quantize::{CodebookFormat, QuantizeOptions, ReadRows, default_block, quantize, quantize_rows};
+pub use quantize::{
+    CodebookFormat, QuantizeOptions, ReadRows, default_block, quantize, quantize_rows,
+};
 pub use tensor::{Tensor, Weight};
 pub use transform::{Transform, View};

@@ -423,5 +423,10 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`Error::Format`](crate::Error::Format) when a weight's shape does not fit its use (names the tensor and both
     /// shapes), [`Error::Unsupported`](crate::Error::Unsupported) for kinds the device cannot run.
-    fn prepare(&self, program: std::sync::Arc<Program>, weights: Vec<Weight>, options: Options) -> Result<Box<dyn Runner>>;
+    fn prepare(
+        &self,
+        program: std::sync::Arc<Program>,
+        weights: Vec<Weight>,
+        options: Options,
+    ) -> Result<Box<dyn Runner>>;
 }

@@ -20,7 +20,9 @@ impl Tensor {
     /// # Errors
     /// [`Error::Format`] when the shape and dtype want another number of bytes.
     pub fn new(dtype: DType, shape: &[usize], bytes: Arc<Bytes>) -> Result<Self> {
-        let wanted = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
+        let wanted = shape
+            .iter()
+            .try_fold(dtype.size(), |n, &d| n.checked_mul(d));
         if wanted != Some(bytes.len()) {
             return Err(Error::Format(format!(
                 "tensor: shape {shape:?} of {} wants {} bytes, has {}",
@@ -29,7 +31,12 @@ impl Tensor {
                 bytes.len()
             )));
         }
-        Ok(Self { dtype, shape: shape.to_vec(), bytes, offset: 0 })
+        Ok(Self {
+            dtype,
+            shape: shape.to_vec(),
+            bytes,
+            offset: 0,
+        })
     }
 
     /// An array over the part of `bytes` that starts at `offset`.
@@ -37,12 +44,23 @@ impl Tensor {
     /// # Errors
     /// [`Error::Format`] when fewer bytes follow than shape and dtype want.
     pub fn shared(dtype: DType, shape: &[usize], bytes: Arc<Bytes>, offset: usize) -> Result<Self> {
-        let wanted = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
+        let wanted = shape
+            .iter()
+            .try_fold(dtype.size(), |n, &d| n.checked_mul(d));
         let there = bytes.len().saturating_sub(offset);
         if offset > bytes.len() || wanted.is_none_or(|n| n > there) {
-            return Err(Error::Format(format!("tensor: shape {shape:?} of {} at byte {offset} of {}", dtype.name(), bytes.len())));
+            return Err(Error::Format(format!(
+                "tensor: shape {shape:?} of {} at byte {offset} of {}",
+                dtype.name(),
+                bytes.len()
+            )));
         }
-        Ok(Self { dtype, shape: shape.to_vec(), bytes, offset })
+        Ok(Self {
+            dtype,
+            shape: shape.to_vec(),
+            bytes,
+            offset,
+        })
     }
 
     /// An f32 array of the given values.
@@ -50,7 +68,11 @@ impl Tensor {
     /// # Errors
     /// [`Error::Format`] when the shape does not hold `values.len()` elements, [`Error::Memory`] without room.
     pub fn from_f32(shape: &[usize], values: &[f32]) -> Result<Self> {
-        Self::new(DType::F32, shape, Arc::new(Bytes::copy_of(bytemuck::cast_slice(values))?))
+        Self::new(
+            DType::F32,
+            shape,
+            Arc::new(Bytes::copy_of(bytemuck::cast_slice(values))?),
+        )
     }
 
     /// Element type.
@@ -85,12 +107,19 @@ impl Tensor {
     pub fn rows(&self, from: usize, to: usize) -> Result<Self> {
         let n = self.shape.first().copied().unwrap_or(0);
         if from > to || to > n {
-            return Err(Error::Argument(format!("rows: {from}..{to} asked of {n} rows")));
+            return Err(Error::Argument(format!(
+                "rows: {from}..{to} asked of {n} rows"
+            )));
         }
         let row_bytes = self.shape[1..].iter().product::<usize>() * self.dtype.size();
         let mut shape = self.shape.clone();
         shape[0] = to - from;
-        Ok(Self { dtype: self.dtype, shape, bytes: self.bytes.clone(), offset: self.offset + from * row_bytes })
+        Ok(Self {
+            dtype: self.dtype,
+            shape,
+            bytes: self.bytes.clone(),
+            offset: self.offset + from * row_bytes,
+        })
     }
 
     /// The same elements under another shape.
@@ -99,9 +128,16 @@ impl Tensor {
     /// [`Error::Argument`] when the number of elements differs.
     pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
         if shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) != Some(self.len()) {
-            return Err(Error::Argument(format!("reshape: {:?} has {} elements, {shape:?} does not", self.shape, self.len())));
+            return Err(Error::Argument(format!(
+                "reshape: {:?} has {} elements, {shape:?} does not",
+                self.shape,
+                self.len()
+            )));
         }
-        Ok(Self { shape: shape.to_vec(), ..self.clone() })
+        Ok(Self {
+            shape: shape.to_vec(),
+            ..self.clone()
+        })
     }
 
     /// Every element as f32, exactly for f32, f16, bf16, fp8 and integers up to 24 bits, rounded for f64 and larger integers.

@@ -1,5 +1,6 @@
 //! Files that are there whole or not at all.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -33,19 +34,29 @@ pub(crate) fn write(path: &Path, content: impl FnOnce(&mut Out) -> Result<()>) -
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(format!(".{}-{unique}.tmp", std::process::id()));
-    let temporary = directory.join(hidden);
+    let mut prefix = OsString::from(".");
+    prefix.push(name);
+    prefix.push(".");
     let io = |e| Error::io(path, e);
+    sweep(directory, &prefix);
 
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(&temporary)
-        .map_err(io)?;
-    let mut guard = Temporary(Some(temporary.clone()));
+    let (file, mut guard) = loop {
+        let mut hidden = prefix.clone();
+        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
+        hidden.push(format!("{}-{unique}.tmp", std::process::id()));
+        let temporary = directory.join(hidden);
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&temporary)
+            .map_err(io)?;
+        // The lock says that somebody writes it. Where a file system has none, files of the dead stay.
+        file.lock().ok();
+        // Before the lock was held, somebody's sweep may have taken the file for one.
+        if temporary.exists() {
+            break (file, Temporary(Some(temporary)));
+        }
+    };
     let mut out = Out {
         path: path.to_owned(),
         file: BufWriter::with_capacity(1 << 20, file),
@@ -54,10 +65,27 @@ pub(crate) fn write(path: &Path, content: impl FnOnce(&mut Out) -> Result<()>) -
     content(&mut out)?;
     let file = out.file.into_inner().map_err(|e| io(e.into_error()))?;
     file.sync_all().map_err(io)?;
-    drop(file);
-    std::fs::rename(&temporary, path).map_err(io)?;
+    if let Some(temporary) = &guard.0 {
+        std::fs::rename(temporary, path).map_err(io)?;
+    }
     guard.0 = None;
     sync_directory(directory).map_err(io)
+}
+
+/// Removes temporary files that nobody holds a lock on: their writers died.
+fn sweep(directory: &Path, prefix: &OsStr) {
+    // What cannot be listed or removed does no harm.
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.as_encoded_bytes();
+        if name.starts_with(prefix.as_encoded_bytes())
+            && name.ends_with(b".tmp")
+            && let Ok(file) = OpenOptions::new().write(true).open(entry.path())
+            && file.try_lock().is_ok()
+        {
+            std::fs::remove_file(entry.path()).ok();
+        }
+    }
 }
 
 #[cfg(unix)]

@@ -222,16 +222,19 @@ def load_packed(
 def save_gguf(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
-    tensors: Sequence[tuple[str, Sequence[Weight], bool, tuple[int, int] | None]],
+    tensors: Sequence[
+        tuple[str, Sequence[Weight | NDArray[np.float32]], bool, tuple[int, int] | None]
+    ],
 ) -> dict[str, str]:
     """Write GGUF version 3 whose dequantised values are exactly those of the weights; whole or not at all.
 
-    Weights that came from a GGUF type keep it, native ones become Q8_0 where that is exact, all others F32.
+    Weights that came from a GGUF type keep it, native ones become Q8_0 where that is exact, all others F32; vectors
+    are F32 always, as llama.cpp wants them.
 
     Args:
         path: The file to write.
-        metadata: bool, int (written as u32 where it fits), float (f32), str, and lists of these (int as i32).
-        tensors: (name, weights, whether they are stacked along a new outermost dimension, (heads, rotated rows of a
+        metadata: bool, int (written as u32 where it fits), float (f32), str, bytes (u8 array), and lists (int as i32).
+        tensors: (name, weights or arrays, whether they are stacked along a new outermost dimension, (heads, rotated rows of a
             head) of a rotary projection whose halves become pairs side by side, or None).
 
     Returns:

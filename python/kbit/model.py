@@ -97,6 +97,11 @@ class Model:
         return self._tokenizer
 
     @property
+    def source(self) -> Source:
+        """The files it was loaded from."""
+        return self._source
+
+    @property
     def name(self) -> str:
         """What it was loaded from."""
         return self._options.name

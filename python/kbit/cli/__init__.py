@@ -1,4 +1,4 @@
-"""The command line: `kbit generate | chat | quantize | inspect | perplexity | bench | doctor`."""
+"""The command line: `kbit generate | chat | quantize | convert | inspect | perplexity | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from kbit import KbitError, __version__
-from kbit.cli import bench, chat, doctor, generate, inspect, perplexity, quantize
+from kbit.cli import bench, chat, convert, doctor, generate, inspect, perplexity, quantize
 from kbit.cli.common import Formatter, UsageError
 
-COMMANDS = (generate, chat, quantize, inspect, perplexity, bench, doctor)
+COMMANDS = (generate, chat, quantize, convert, inspect, perplexity, bench, doctor)
 
 EPILOG = """\
 examples:

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use kbit_tensor::gguf::{Array, Strings, Value};
 use kbit_tensor::import::{PackedOptions, Parts};
-use kbit_tensor::{GgufTensor, Transform};
+use kbit_tensor::{GgufTensor, Tensor, Transform};
+use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
+use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 
-use crate::error::interruptible;
+use crate::error::{interruptible, raise};
 use crate::file::TensorFile;
 use crate::weight::{Weight, transform};
 
@@ -45,27 +46,51 @@ pub(crate) fn load_packed(
     })
 }
 
-/// (name, weights, stacked, rope).
-type Planned = (String, Vec<Py<Weight>>, bool, Option<(usize, usize)>);
+/// A weight, or a float32 array that becomes a dense one.
+#[derive(FromPyObject)]
+pub(crate) enum Part<'py> {
+    Weight(Py<Weight>),
+    Array(PyReadonlyArrayDyn<'py, f32>),
+}
+
+impl Part<'_> {
+    fn weight(&self) -> PyResult<kbit_tensor::Weight> {
+        match self {
+            Self::Weight(weight) => Ok(weight.get().weight.clone()),
+            Self::Array(array) => {
+                let values: Vec<f32> = array.as_array().iter().copied().collect();
+                Tensor::from_f32(array.shape(), &values)
+                    .map(kbit_tensor::Weight::Dense)
+                    .map_err(raise)
+            }
+        }
+    }
+}
+
+/// (name, parts, stacked, rope).
+pub(crate) type Planned<'py> = (String, Vec<Part<'py>>, bool, Option<(usize, usize)>);
 
 #[pyfunction]
 pub(crate) fn save_gguf(
     py: Python<'_>,
     path: PathBuf,
     metadata: &Bound<'_, PyDict>,
-    tensors: Vec<Planned>,
+    tensors: Vec<Planned<'_>>,
 ) -> PyResult<BTreeMap<String, &'static str>> {
     let metadata: Vec<(String, Value)> = metadata
         .iter()
         .map(|(key, found)| Ok((key.extract()?, value(&found)?)))
         .collect::<PyResult<_>>()?;
-    let tensors: Vec<_> = tensors
+    let tensors: Vec<(String, Vec<kbit_tensor::Weight>, bool, _)> = tensors
         .into_iter()
         .map(|(name, parts, stacked, rope)| {
-            let parts: Vec<_> = parts.iter().map(|part| part.get().weight.clone()).collect();
-            (name, parts, stacked, rope)
+            let parts = parts
+                .iter()
+                .map(Part::weight)
+                .collect::<PyResult<Vec<_>>>()?;
+            Ok((name, parts, stacked, rope))
         })
-        .collect();
+        .collect::<PyResult<_>>()?;
     let written = interruptible(py, move |_| {
         let tensors: Vec<GgufTensor<'_>> = tensors
             .iter()
@@ -101,13 +126,16 @@ fn value(found: &Bound<'_, PyAny>) -> PyResult<Value> {
     if found.is_instance_of::<PyFloat>() {
         return Ok(Value::F32(found.extract()?));
     }
+    if let Ok(bytes) = found.cast::<PyBytes>() {
+        return Ok(Value::Array(Array::U8(bytes.as_bytes().to_vec())));
+    }
     if found.is_instance_of::<PyString>() {
         return Ok(Value::String(found.extract()?));
     }
     Ok(Value::Array(array(found.cast::<PyList>().map_err(
         |_| {
             PyTypeError::new_err(format!(
-                "metadata values are bool, int, float, str or lists, not {}",
+                "metadata values are bool, int, float, str, bytes or lists, not {}",
                 found.get_type()
             ))
         },

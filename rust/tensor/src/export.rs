@@ -144,7 +144,9 @@ fn kind_of(parts: &[&Weight]) -> Result<GgmlType> {
             Weight::Quantised(k) => ggml::exact_kind(k)
                 .or_else(|| is_q8_0(k).then_some(GgmlType::Q8_0))
                 .unwrap_or(GgmlType::F32),
+            // ggml adds and multiplies vectors in f32 only.
             Weight::Dense(t) => match t.dtype() {
+                DType::F16 | DType::BF16 if t.shape().len() < 2 => GgmlType::F32,
                 DType::F32 => GgmlType::F32,
                 DType::F16 => GgmlType::F16,
                 DType::BF16 => GgmlType::BF16,

@@ -183,6 +183,11 @@ def _factors(spec: ModelSpec) -> dict[str, Sequence[float]]:
 # Tokenizer
 
 
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object, empty where there is none."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
 def _tokenizer(source: Source, spec: ModelSpec) -> dict[str, Any]:
     """`tokenizer.*`: copied from a GGUF file, or made from a byte-level BPE."""
     beside = source.directory / GGUF_TOKENIZER
@@ -200,7 +205,7 @@ def _tokenizer(source: Source, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _byte_level(data: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
-    model = data.get("model") or {}
+    model = _object(data.get("model"))
     name = _pre_tokenizer(data)
     if model.get("type") != "BPE" or name is None or data.get("normalizer"):
         raise UnsupportedModelError(
@@ -229,13 +234,13 @@ def _byte_level(data: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
 
 def _pre_tokenizer(data: Mapping[str, Any]) -> str | None:
     """The name llama.cpp has for how a tokenizer.json splits text."""
-    top = data.get("pre_tokenizer") or {}
-    steps = top.get("pretokenizers", [top])
+    top = _object(data.get("pre_tokenizer"))
+    steps: list[Any] = top.get("pretokenizers", [top])
     patterns: list[str] = []
-    for step in steps:
+    for step in map(_object, steps):
         match step.get("type"):
             case "Split":
-                patterns.append((step.get("pattern") or {}).get("Regex", ""))
+                patterns.append(_object(step.get("pattern")).get("Regex", ""))
             case "Digits" if step.get("individual_digits"):
                 patterns.append(r"\p{N}")
             case "ByteLevel":
@@ -245,7 +250,7 @@ def _pre_tokenizer(data: Mapping[str, Any]) -> str | None:
                     patterns += PRE_TOKENIZERS["gpt-2"].patterns
             case _:
                 return None
-    merged = bool((data.get("model") or {}).get("ignore_merges"))
+    merged = bool(_object(data.get("model")).get("ignore_merges"))
     for name, pre in PRE_TOKENIZERS.items():
         if pre.patterns == patterns and pre.ignore_merges == merged and pre.byte_level:
             return name
@@ -258,13 +263,11 @@ def _special(source: Source, data: Mapping[str, Any]) -> dict[str, Any]:
     ids = {t["content"]: t["id"] for t in data["added_tokens"]} | data["model"]["vocab"]
     found: dict[str, Any] = {}
     for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        token = config.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token  # pyright: ignore
+        text = _text(config.get(f"{name}_token"))
         if text in ids:
             found[f"tokenizer.ggml.{key}_token_id"] = ids[text]
     processor = str(data.get("post_processor") or "")
-    bos = config.get("bos_token")
-    text = bos.get("content") if isinstance(bos, dict) else bos  # pyright: ignore
+    text = _text(config.get("bos_token"))
     found["tokenizer.ggml.add_bos_token"] = bool(
         config.get("add_bos_token", text and str(text) in processor)
     )
@@ -273,6 +276,12 @@ def _special(source: Source, data: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(chat, str):
         found["tokenizer.chat_template"] = chat
     return found
+
+
+def _text(token: Any) -> str:
+    """A special token of tokenizer_config.json, which is its text or an object that holds it."""
+    text = token if isinstance(token, str) else _object(token).get("content")
+    return text if isinstance(text, str) else ""
 
 
 # The proof

@@ -42,6 +42,14 @@ REPOS = {
             "consolidated.00.pth": b"x",
         }
     },
+    "me/quantised": {
+        SHA: {
+            "config.json": b"{}",
+            "gptq_model-4bit.safetensors": b"q",
+            "consolidated.safetensors": b"again",
+            "adapter_model.safetensors": b"part",
+        }
+    },
     "me/pickled": {SHA: {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04."}},
     "me/gguf": {
         SHA: {
@@ -256,6 +264,12 @@ def test_shards(served, tmp_path):
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     }
+
+
+def test_weights_of_another_name(served, tmp_path):
+    kind, path = fetch(served, tmp_path, "me/quantised")
+    assert kind == "path", path
+    assert names(path) == {"config.json", "gptq_model-4bit.safetensors"}
 
 
 def test_revisions(served, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from kbit import KbitError, ModelFormatError, UnsupportedModelError
 from kbit.text import Tokenizer, patterns, sentencepiece
+from kbit.text.charsmap import Charsmap
 from kbit.text.gguf_vocab import PRE_TOKENIZERS
 
 TEXT = "ab ab1 <s>x ﬁne\u3000 日本 <0x41>"
@@ -381,6 +382,13 @@ def test_rules_that_point_anywhere():
         data = spm(1, extra=field(3, field(2, blob)))
         done += sum(survives(from_spm, [data]).values())
     assert done == 300
+
+
+def test_rules_that_point_just_outside():
+    """A trie of one unit whose offset leads to the first place after it."""
+    for offset in (1, ord("a") ^ 1, 255):
+        blob = struct.pack("<II", 4, offset << 10) + b"x\0"
+        assert Charsmap(blob).match("a", 0) is None
 
 
 GOOD_PATTERNS = sorted({p for pre in PRE_TOKENIZERS.values() for p in pre.patterns})

@@ -9,7 +9,7 @@ use half::f16;
 use crate::atomic::Out;
 use crate::gguf::{self, GgmlType, Value};
 use crate::import::ggml;
-use crate::{DType, Error, KTensor, Result, Weight, parallel};
+use crate::{DType, Error, KTensor, Result, ScaleType, Scales, Weight, parallel};
 
 /// One tensor of a GGUF file.
 #[derive(Clone, Debug)]
@@ -179,12 +179,21 @@ fn is_q8_0(k: &KTensor) -> bool {
     if !k.inputs().is_multiple_of(32) || k.permutation().is_some() {
         return false;
     }
+    let is_f16 = |scale: f32| f16::from_f32(scale).to_f32().to_bits() == scale.to_bits();
+    if matches!(k.scales(), Scales::Ladder { .. } | Scales::Row) {
+        // Their integers are int8 by definition.
+        let layout = k.layout();
+        return (0..k.rows()).all(|row| {
+            (0..layout.supers).all(|sup| {
+                is_f16(ScaleType::BF16.read(&k.bytes()[layout.wide_offset(row, sup, 0)..]))
+            })
+        });
+    }
     let mut blocks = vec![([0i32; 32], 0.0); k.inputs() / 32];
     (0..k.rows()).all(|row| {
         ggml::integers(k, row, &mut blocks)
             && blocks.iter().all(|(values, scale)| {
-                f16::from_f32(*scale).to_f32().to_bits() == scale.to_bits()
-                    && values.iter().all(|v| (-127..=127).contains(v))
+                is_f16(*scale) && values.iter().all(|v| (-127..=127).contains(v))
             })
     })
 }

@@ -3,12 +3,13 @@
 mod common;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use common::{Gguf, Random, open};
 use kbit_tensor::gguf::{Array, GgmlType, Strings, Value};
 use kbit_tensor::{
-    DType, Error, GgufTensor, Keep, QuantizeOptions, Tensor, TensorFile, Transform, Weight,
-    load_weight, quantize, save_gguf,
+    Bytes, Codebook, DType, Error, GgufTensor, KLayout, KTensor, Keep, Offset, QuantizeOptions,
+    ScaleType, Scales, Tensor, TensorFile, Transform, Weight, load_weight, quantize, save_gguf,
 };
 
 fn path(name: &str) -> PathBuf {
@@ -95,6 +96,73 @@ fn native_weights_become_q8_0_with_the_same_values() {
 }
 
 #[test]
+fn other_integers_become_q8_0_and_the_rest_f32() {
+    let path = path("others");
+    let block = |scale, offset| Scales::Block {
+        block: 64,
+        scale,
+        offset,
+    };
+    let permuted: Arc<[u32]> = (0..128).rev().collect();
+    let cases = [
+        (block(ScaleType::F16, Offset::Zero), None, GgmlType::Q8_0),
+        (block(ScaleType::F16, Offset::None), None, GgmlType::Q8_0),
+        (block(ScaleType::F16, Offset::Min), None, GgmlType::F32),
+        (block(ScaleType::F32, Offset::None), None, GgmlType::F32),
+        (
+            block(ScaleType::F16, Offset::None),
+            Some(permuted),
+            GgmlType::F32,
+        ),
+    ];
+    for (scales, permutation, wanted) in cases {
+        let layout = KLayout::new(4, 20, 128, &scales).unwrap();
+        let mut bytes = Bytes::copy_of(&Random(8).bytes(layout.nbytes())).unwrap();
+        for row in 0..20 {
+            for b in 0..2 {
+                let value = 0.01 + (row * 2 + b) as f32 * 1e-3;
+                if let Scales::Block {
+                    scale: ScaleType::F32,
+                    ..
+                } = scales
+                {
+                    let at = layout.fine_offset(row, b, 4);
+                    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                } else {
+                    let half = half::f16::from_f32(value).to_le_bytes();
+                    let at = layout.fine_offset(row, b, 2);
+                    bytes[at..at + 2].copy_from_slice(&half);
+                    if let Scales::Block {
+                        offset: Offset::Min,
+                        ..
+                    } = scales
+                    {
+                        let at = layout.offset_offset(row, b, 2);
+                        bytes[at..at + 2].copy_from_slice(&half);
+                    }
+                }
+                if let Scales::Block {
+                    offset: Offset::Zero,
+                    ..
+                } = scales
+                {
+                    bytes[layout.offset_offset(row, b, 1)] = (row % 17) as u8;
+                }
+            }
+        }
+        let book = Codebook::I8((0..16).collect());
+        let what = format!("{scales:?}");
+        let k = KTensor::new(4, 20, 128, book, scales, permutation, bytes.into(), 0).unwrap();
+        let weight = Weight::Quantised(k);
+        let written = save_gguf(&path, &[], &[one("w", &weight)]).unwrap();
+        assert_eq!(written[0].kind, wanted, "{what}");
+        let found = TensorFile::open(&path).unwrap().read("w").unwrap().to_f32();
+        assert!(found == values(&weight), "{what}");
+    }
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
 fn metadata_dense_tensors_and_experts() {
     let path = path("metadata");
     let metadata: Vec<(String, Value)> = [
@@ -129,7 +197,7 @@ fn metadata_dense_tensors_and_experts() {
         let values: Vec<f32> = (0..shape.iter().product())
             .map(|i| first + i as f32)
             .collect();
-        let mut bytes = kbit_tensor::Bytes::zeroed(values.len() * dtype.size()).unwrap();
+        let mut bytes = Bytes::zeroed(values.len() * dtype.size()).unwrap();
         dtype.encode(&values, &mut bytes).unwrap();
         Weight::Dense(Tensor::new(dtype, shape, bytes.into()).unwrap())
     };

@@ -62,6 +62,16 @@ pub fn default_block(bits: usize) -> usize {
 
 /// Quantises `values` (rows, inputs), row-major.
 ///
+/// ```
+/// use kbit_tensor::{QuantizeOptions, quantize};
+///
+/// let values: Vec<f32> = (0..32 * 64).map(|i| (i as f32).sin()).collect();
+/// let k = quantize(&values, 32, 64, &QuantizeOptions::new(4))?;
+/// let worst = values.iter().zip(k.dequantize()).map(|(a, b)| (a - b).abs());
+/// assert!(worst.fold(0.0, f32::max) < 0.12);
+/// # Ok::<(), kbit_tensor::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Argument`] for options out of range, a length other than `rows * inputs`, or a value that is not finite
 /// (named by row and column); [`Error::Memory`] without room for the result.

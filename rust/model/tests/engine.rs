@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::engine;
@@ -496,4 +497,90 @@ fn a_long_operation_is_left_at_once() {
             .all(|r| matches!(all(r), Err(Error::Device(_)) | Ok(_)))
     );
     assert!(since.elapsed() < Duration::from_secs(20));
+}
+
+/// Counts the ids of each step.
+struct Recording(Box<dyn Runner>, Arc<Mutex<Vec<Vec<usize>>>>);
+
+impl Runner for Recording {
+    fn open(&mut self, planned: usize) -> kbit_tensor::Result<SequenceId> {
+        self.0.open(planned)
+    }
+    fn close(&mut self, sequence: SequenceId) {
+        self.0.close(sequence);
+    }
+    fn len(&self, sequence: SequenceId) -> usize {
+        self.0.len(sequence)
+    }
+    fn truncate(&mut self, sequence: SequenceId, len: usize) {
+        self.0.truncate(sequence, len);
+    }
+    fn fork(&mut self, sequence: SequenceId, planned: usize) -> kbit_tensor::Result<SequenceId> {
+        self.0.fork(sequence, planned)
+    }
+    fn run(
+        &mut self,
+        batch: &[Part<'_>],
+        want: Want,
+        cancel: &AtomicBool,
+    ) -> kbit_tensor::Result<Output> {
+        self.1
+            .lock()
+            .unwrap()
+            .push(batch.iter().map(|p| p.ids.len()).collect());
+        self.0.run(batch, want, cancel)
+    }
+    fn cache_bytes(&self) -> usize {
+        self.0.cache_bytes()
+    }
+    fn threads(&self) -> usize {
+        1
+    }
+}
+
+#[test]
+fn a_long_prompt_stalls_nobody() {
+    let mut spec = common::spec();
+    spec.max_position_embeddings = 4096;
+    let (program, runner) = common::runner(&spec, &common::shapes(&spec), 0);
+    let steps = Arc::new(Mutex::new(Vec::new()));
+    let engine = Engine::new(&program, Box::new(Recording(runner, steps.clone())), 4).unwrap();
+    let running = engine.submit(generate(prompt(0, 5), 400)).unwrap();
+    while running
+        .wait(Duration::from_millis(10))
+        .unwrap()
+        .is_some_and(|t| t.is_empty())
+    {}
+    let long = engine.submit(generate(prompt(1, 1500), 1)).unwrap();
+    let pass = engine
+        .pass(prompt(3, 1200), PassKind::Score { start: 1 })
+        .unwrap();
+    while steps.lock().unwrap().iter().all(|s| s.len() < 2) {
+        std::thread::yield_now();
+    }
+    // Beside a long prompt a short one takes its share at once, and the one that runs gets a token a step.
+    let short = engine.submit(generate(prompt(2, 60), 3)).unwrap();
+    assert_eq!(all(&short).unwrap().len(), 3);
+    assert_eq!(
+        long.wait(Duration::ZERO).unwrap(),
+        Some(vec![]),
+        "the long prompt was done first"
+    );
+    assert_eq!(all(&long).unwrap().len(), 1);
+    assert!(pass.wait(Duration::from_mins(1)).unwrap().is_some());
+    drop(running);
+    let steps = steps.lock().unwrap();
+    let mixed: Vec<&Vec<usize>> = steps.iter().filter(|s| s.len() > 1).collect();
+    assert!(mixed.len() >= 1500 / 128);
+    let prompts = |s: &[usize]| s.iter().filter(|&&n| n > 1).sum::<usize>();
+    assert!(
+        mixed.iter().all(|s| s[0] == 1 && prompts(s) <= 128),
+        "{mixed:?}"
+    );
+    // Passes and requests take turns.
+    assert!(
+        steps
+            .windows(2)
+            .any(|w| w[0].len() > 1 && w[1].len() == 1 && w[1][0] > 128)
+    );
 }

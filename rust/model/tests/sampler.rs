@@ -164,6 +164,25 @@ fn what_is_no_distribution_is_an_error() {
 }
 
 #[test]
+fn what_is_exactly_at_the_limit_stays() {
+    let kept = |sampling: Sampling| candidates(&sampling, &[3.0, 1.0, 3.0, 3.0]).len();
+    assert_eq!(
+        kept(Sampling {
+            min_p: 1.0,
+            ..Sampling::default()
+        }),
+        3
+    );
+    assert_eq!(
+        kept(Sampling {
+            top_p: f32::MIN_POSITIVE,
+            ..Sampling::default()
+        }),
+        1
+    );
+}
+
+#[test]
 fn draws_follow_the_distribution() {
     let logits: Vec<f32> = (0..20).map(|i| ((i * 7) % 20) as f32 / 5.0).collect();
     let (n, wanted) = (100_000u64, softmax(&logits, 0.8));

@@ -222,6 +222,10 @@ impl Engine {
     }
 
     /// The kernels of the CPU device count for all engines together.
+    #[allow(
+        clippy::unused_self,
+        reason = "a method in Python, where it may become one of its engine"
+    )]
     fn trace(&self, on: bool) -> PyResult<BTreeMap<String, u64>> {
         guard(|| {
             let seen = kbit_cpu::linear::trace::seen();

@@ -169,7 +169,7 @@ fn best(
     let (acts, step) = (
         &acts,
         if tokens > 16 {
-            2
+            8
         } else {
             (matrix.panels() / threads / 16).clamp(1, 64)
         },

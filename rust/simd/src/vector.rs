@@ -79,8 +79,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const TILE: usize;
     /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
     const PANELS: usize;
-    /// Whether one token has kernels of its own; else it goes the way of many.
-    const DIRECT: bool;
+    /// Tokens up to which weights are best multiplied as they are decoded: 0, 2 or 4.
+    const DIRECT: usize;
 
     /// The token, if this processor has the instructions.
     fn new() -> Option<Self>;

@@ -1,4 +1,4 @@
-//! One token: every weight is read once, decoded in registers and multiplied at once.
+//! One token, or a few: every weight is read once, decoded in registers and multiplied at once.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
 use super::codes::{Decode, Decoder, LadderDecode, LinearDecode, Method, Panels, TableDecode};
-use super::scales::{Scale, Sums};
+use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
 use crate::acts::Tile;
 
 /// How far ahead of the codes in use the next ones are asked for, in bytes.
@@ -16,7 +16,7 @@ const AHEAD: usize = 3072;
 /// Code vectors of a quarter chunk: 16 inputs, the smallest block.
 const QUARTER: usize = 4;
 
-/// Panels `panels` for the one token of `tile`. False when there is no such kernel: `tiles.rs` has all of them, this file those
+/// Panels `panels` for the few tokens of `tile`. False when there is no such kernel: `tiles.rs` has all of them, this file those
 /// that people use (ladders up to 6 bits, tables up to 4, linear codebooks).
 #[inline(always)]
 pub(super) fn run<S: Simd>(
@@ -29,8 +29,8 @@ pub(super) fn run<S: Simd>(
     out: Out,
 ) -> bool {
     macro_rules! direct {
-        ($D:ty, $block:literal) => {
-            s.run(Direct::<S, $D, $block> {
+        ($D:ty, $block:literal, $m:literal) => {
+            s.run(Direct::<S, $D, $block, $m> {
                 s,
                 decoder,
                 source,
@@ -40,6 +40,14 @@ pub(super) fn run<S: Simd>(
                 out,
                 kind: PhantomData,
             })
+        };
+        ($D:ty, $block:literal) => {
+            match tile.padded {
+                1 => direct!($D, $block, 1),
+                2 => direct!($D, $block, 2),
+                4 if const { S::DIRECT >= 4 } => direct!($D, $block, 4),
+                _ => return false,
+            }
         };
     }
     macro_rules! ladder {
@@ -78,7 +86,7 @@ pub(super) fn run<S: Simd>(
     true
 }
 
-struct Direct<'a, S: Simd, D: Decode<S>, const BLOCK: usize> {
+struct Direct<'a, S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> {
     s: S,
     decoder: &'a Decoder,
     source: &'a Panels<'a>,
@@ -90,13 +98,17 @@ struct Direct<'a, S: Simd, D: Decode<S>, const BLOCK: usize> {
 }
 
 /// State within a panel.
-struct State<S: Simd> {
-    sums: Sums<S, 1, 1>,
+struct State<S: Simd, const M: usize> {
+    y: [S::F32; M],
     /// Partial sums of the block; several, so that the next dot product need not wait for the last.
-    dots: [S::I32; 4],
+    chains: [[S::I32; 4]; M],
+    /// Of the blocks of a super-block.
+    dots: [[S::I32; M]; BLOCKS],
 }
 
-impl<S: Simd, D: Decode<S>, const BLOCK: usize> SimdOp for Direct<'_, S, D, BLOCK> {
+impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
+    for Direct<'_, S, D, BLOCK, M>
+{
     type Output = ();
     #[inline(always)]
     fn eval<T: Simd>(self, _: T) {
@@ -109,9 +121,11 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> SimdOp for Direct<'_, S, D, BLOC
         for panel in self.panels.clone() {
             let at = self.source.at(panel);
             let mut ahead = at.wrapping_add(AHEAD);
+            let zero = s.splat_i32(0);
             let mut state = State {
-                sums: Sums::new(s),
-                dots: [s.splat_i32(0); 4],
+                y: [s.splat(0.0); M],
+                chains: [[zero; 4]; M],
+                dots: [[zero; M]; BLOCKS],
             };
             for sup in 0..layout.supers {
                 for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
@@ -126,21 +140,34 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> SimdOp for Direct<'_, S, D, BLOC
                     // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
                     unsafe { self.chunk(&decode, layout, at, chunk, &mut state) }
                 }
-                // SAFETY: as above.
-                unsafe {
-                    state
-                        .sums
-                        .end_super::<BLOCK>(s, self.scale, layout, &[at], self.tile, sup)
+                if BLOCK == SUPER {
+                    // SAFETY: as above.
+                    unsafe {
+                        settle_wide(s, layout, at, self.tile, sup, &state.dots[0], &mut state.y)
+                    }
+                } else {
+                    let (scale, tile, dots) = (self.scale, self.tile, state.dots.as_flattened());
+                    s.run(Settle {
+                        s,
+                        scale,
+                        layout,
+                        panel: at,
+                        tile,
+                        sup,
+                        dots,
+                        y: &mut state.y,
+                    });
                 }
             }
-            // SAFETY: `Matrix::run` has this part of the output to itself.
-            let part = unsafe { self.out.part(0, panel) };
-            s.store_part(state.sums.y[0][0], part);
+            for n in 0..self.tile.tokens.min(M) {
+                // SAFETY: `Matrix::run` has this part of the output to itself.
+                s.store_part(state.y[n], unsafe { self.out.part(n, panel) });
+            }
         }
     }
 }
 
-impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
+impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D, BLOCK, M> {
     /// Inputs of a block.
     #[inline(always)]
     fn block(&self) -> usize {
@@ -164,23 +191,29 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
         layout: &KLayout,
         at: *const u8,
         chunk: usize,
-        state: &mut State<S>,
+        state: &mut State<S, M>,
     ) {
         let s = self.s;
         // SAFETY: as the caller says.
         unsafe {
             let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
-            let acts = self
-                .tile
-                .data
-                .add(chunk * CHUNK * if S::PAIRS { 2 } else { 1 });
+            let four = 4 * if S::PAIRS { 2 } else { 1 };
+            let acts = self.tile.data.add(chunk * CHUNK / 4 * four * M);
             let mut block = decode.block(s, layout, at, chunk, 0);
             macro_rules! vector {
                 ($g:expr) => {{
                     let w = decode.vector::<{ $g }>(s, &block, codes);
-                    let a = s.acts(acts.add($g * 4 * if S::PAIRS { 2 } else { 1 }));
-                    let chain = if BLOCK == SUPER { $g % 4 } else { $g % 2 };
-                    state.dots[chain] = s.dot(state.dots[chain], w, a);
+                    let chain = if M > 1 {
+                        0
+                    } else if BLOCK == SUPER {
+                        $g % 4
+                    } else {
+                        $g % 2
+                    };
+                    for n in 0..M {
+                        let a = s.acts(acts.add(($g * M + n) * four));
+                        state.chains[n][chain] = s.dot(state.chains[n][chain], w, a);
+                    }
                 }};
             }
             macro_rules! quarter {
@@ -196,7 +229,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
                     vector!($q * QUARTER + 2);
                     vector!($q * QUARTER + 3);
                     if ($q + 1) * 16 % BLOCK.min(64) == 0 {
-                        self.end(layout, at, state, chunk, $q);
+                        self.end(layout, state, chunk, $q);
                     }
                 }};
             }
@@ -212,44 +245,34 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize> Direct<'_, S, D, BLOCK> {
     /// # Safety
     /// As [`Direct::chunk`].
     #[inline(always)]
-    unsafe fn begin(&self, state: &mut State<S>, chunk: usize, quarter: usize) {
+    unsafe fn begin(&self, state: &mut State<S, M>, chunk: usize, quarter: usize) {
         let input = chunk * CHUNK + quarter * 16;
         if BLOCK <= 32 || input % self.block() == 0 {
             let zero = self.s.splat_i32(0);
             // SAFETY: as the caller says.
-            let start = unsafe {
-                Sums::<S, 1, 1>::start(self.s, self.tile, self.block(), input / self.block())
-            };
-            state.dots = [start[0], zero, zero, zero];
+            let start =
+                unsafe { start::<S, M>(self.s, self.tile, self.block(), input / self.block()) };
+            for n in 0..M {
+                state.chains[n] = [start[n], zero, zero, zero];
+            }
         }
     }
 
-    /// After a quarter: takes the sums of a block, if one ends here.
-    ///
-    /// # Safety
-    /// As [`Direct::chunk`].
+    /// After a quarter: keeps the sums of a block, if one ends here.
     #[inline(always)]
-    unsafe fn end(
-        &self,
-        layout: &KLayout,
-        at: *const u8,
-        state: &mut State<S>,
-        chunk: usize,
-        quarter: usize,
-    ) {
+    fn end(&self, layout: &KLayout, state: &mut State<S, M>, chunk: usize, quarter: usize) {
         let (s, next) = (self.s, chunk * CHUNK + quarter * 16 + 16);
         if BLOCK <= 32 || next % self.block() == 0 || next == layout.chunks * CHUNK {
-            let [a, b, c, d] = state.dots;
-            let mut dot = s.add_i32(a, b);
-            if BLOCK == SUPER {
-                dot = s.add_i32(dot, s.add_i32(c, d));
-            }
-            let block = (next - 1) / self.block();
-            // SAFETY: as the caller says.
-            unsafe {
-                state
-                    .sums
-                    .settle::<BLOCK>(s, self.scale, layout, &[at], self.tile, block, &[[dot]])
+            let dots = &mut state.dots[(next - 1) % SUPER / self.block()];
+            for n in 0..M {
+                let [a, b, c, d] = state.chains[n];
+                dots[n] = a;
+                if M == 1 {
+                    dots[n] = s.add_i32(a, b);
+                    if BLOCK == SUPER {
+                        dots[n] = s.add_i32(dots[n], s.add_i32(c, d));
+                    }
+                }
             }
         }
     }

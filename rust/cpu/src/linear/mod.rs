@@ -10,8 +10,8 @@
 //! |---|---|
 //! | `codes.rs` | a code vector of 16 rows x 4 inputs out of bit planes, as int8 weights |
 //! | `scales.rs` | from exact int32 sums to f32: one function for every scale kind and kernel |
-//! | `direct.rs` | one token: decode in registers, read every weight once |
-//! | `tiles.rs` | more tokens: decode a part of a panel into L1, multiply it with every tile of tokens |
+//! | `direct.rs` | one token or a few: decode in registers, read every weight once |
+//! | `tiles.rs` | more tokens: decode a slab of some panels into cache, multiply it with every tile of tokens |
 //! | `float.rs` | dense weights, f32 codebooks and f32 activations |
 //! | `trace.rs` | which kernels ran |
 
@@ -259,7 +259,7 @@ impl SimdOp for Run<'_> {
                 scale,
             } => {
                 let source = codes::Panels::new(weight);
-                let direct = const { S::DIRECT } && acts.tokens() == 1;
+                let direct = const { S::DIRECT > 0 } && acts.tokens() <= S::DIRECT;
                 if !(direct
                     && direct::run(
                         s,

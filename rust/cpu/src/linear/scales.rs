@@ -1,6 +1,6 @@
 //! From exact int32 sums to f32, in the one order `docs/numerics.md` section 3 fixes, for every scale kind.
 
-use kbit_simd::{LANES, Simd};
+use kbit_simd::{LANES, Simd, SimdOp};
 use kbit_tensor::{KLayout, KTensor, Offset, SUPER, ScaleType, Scales, SubScale};
 
 use crate::acts::{SUMS, Tile, sum_at};
@@ -79,14 +79,6 @@ impl Scale {
     }
 }
 
-/// Running results of `P` panels by `M` tokens.
-pub(super) struct Sums<S: Simd, const P: usize, const M: usize> {
-    pub y: [[S::F32; M]; P],
-    /// Of sub-scales times dots and of minima times activation sums, over a super-block.
-    scaled: [[S::I32; M]; P],
-    minima: [[S::I32; M]; P],
-}
-
 /// 16 of something at an address.
 ///
 /// # Safety
@@ -110,173 +102,178 @@ unsafe fn load_scale<S: Simd>(s: S, kind: ScaleType, at: *const u8) -> S::F32 {
             ScaleType::BF16 => s.load_bf16(sixteen(at)),
             ScaleType::F32 => s.load(sixteen(at)),
             ScaleType::E8M0 => {
-                let mut all = [0.0; LANES];
-                for (to, &e) in all.iter_mut().zip(sixteen::<u8>(at)) {
-                    *to = ScaleType::E8M0.read(&[e]);
-                }
-                s.load(&all)
+                let e = s.of_bits(s.shl_i32(s.load_u8(sixteen(at)), 23));
+                let least = s.max(e, s.of_bits(s.splat_i32(0x0040_0000)));
+                s.select(s.lt(s.splat(f32::MAX), e), s.splat(f32::NAN), least)
             }
         }
     }
 }
 
-impl<S: Simd, const P: usize, const M: usize> Sums<S, P, M> {
-    #[inline(always)]
-    pub(super) fn new(s: S) -> Self {
-        Self {
-            y: [[s.splat(0.0); M]; P],
-            scaled: [[s.splat_i32(0); M]; P],
-            minima: [[s.splat_i32(0); M]; P],
+/// Where the dot products of block `block` of `inputs` inputs start.
+///
+/// # Safety
+/// `tile` is one of `M` tokens, padding included, and holds the sums of that block.
+#[inline(always)]
+pub(super) unsafe fn start<S: Simd, const M: usize>(
+    s: S,
+    tile: &Tile,
+    inputs: usize,
+    block: usize,
+) -> [S::I32; M] {
+    let mut start = [s.splat_i32(0); M];
+    if S::BIAS != 0 {
+        let at = tile.starts.wrapping_add(sum_index(tile, inputs, block) * M);
+        for n in 0..M {
+            // SAFETY: as the caller says.
+            start[n] = s.splat_i32(unsafe { *at.add(n) });
         }
     }
+    start
+}
 
-    /// Where the dot products of block `block` of `inputs` inputs start, for the panels of a token alike.
-    ///
-    /// # Safety
-    /// `tile` holds the sums of that block.
-    #[inline(always)]
-    pub(super) unsafe fn start(s: S, tile: &Tile, inputs: usize, block: usize) -> [S::I32; M] {
-        let mut start = [s.splat_i32(0); M];
-        if S::BIAS != 0 {
-            let at = tile.starts.wrapping_add(sum_index(tile, inputs, block) * M);
-            for n in 0..M {
-                // SAFETY: as the caller says.
-                start[n] = s.splat_i32(unsafe { *at.add(n) });
-            }
+/// Takes the dot product of super-block `sup` in the wide kinds.
+///
+/// # Safety
+/// `panel` is one of `layout`; `tile` is one of `M` tokens, padding included.
+#[inline(always)]
+pub(super) unsafe fn settle_wide<S: Simd, const M: usize>(
+    s: S,
+    layout: &KLayout,
+    panel: *const u8,
+    tile: &Tile,
+    sup: usize,
+    dots: &[S::I32; M],
+    y: &mut [S::F32; M],
+) {
+    // SAFETY: the wide section has 16 bf16 a super-block, the tile M scales.
+    unsafe {
+        let sw = s.load_bf16(sixteen(panel.add(sup * layout.wide_bytes)));
+        for n in 0..M {
+            let scale = s.mul(sw, s.splat(*tile.scales.add(sup * M + n)));
+            y[n] = s.fma(s.to_f32(dots[n]), scale, y[n]);
         }
-        start
     }
+}
 
-    /// Takes the dot products of block `block`; in the wide kinds a block is a super-block.
-    ///
-    /// # Safety
-    /// `panels` are panels of `layout`, `tile` holds the sums of that block.
+/// Most blocks of a super-block.
+pub(super) const BLOCKS: usize = 16;
+
+/// Takes the dot products of all blocks of super-block `sup` into the results of a panel: one function for all kinds and numbers of tokens, beside the kernels, so that those stay small.
+pub(super) struct Settle<'a, S: Simd> {
+    pub s: S,
+    pub scale: &'a Scale,
+    pub layout: &'a KLayout,
+    pub panel: *const u8,
+    pub tile: &'a Tile,
+    pub sup: usize,
+    /// \[block of the super-block\]\[token\].
+    pub dots: &'a [S::I32],
+    /// \[token\].
+    pub y: &'a mut [S::F32],
+}
+
+impl<S: Simd> SimdOp for Settle<'_, S> {
+    type Output = ();
     #[inline(always)]
-    pub(super) unsafe fn settle<const BLOCK: usize>(
-        &mut self,
-        s: S,
-        scale: &Scale,
-        layout: &KLayout,
-        panels: &[*const u8; P],
-        tile: &Tile,
-        block: usize,
-        dots: &[[S::I32; M]; P],
-    ) {
+    fn eval<T: Simd>(self, _: T) {
+        let Self {
+            s,
+            scale,
+            layout,
+            panel,
+            tile,
+            sup,
+            dots,
+            y,
+        } = self;
+        let per = SUPER / scale.block;
+        let (first, blocks) = (sup * per, per.min(layout.blocks - sup * per));
+        let m = y.len();
+        let row = |j: usize| (first + j) * LANES;
+        let sums = tile
+            .sums
+            .wrapping_add(sum_index(tile, scale.block, first) * m);
+        let (mut factors, mut minima) = ([s.splat(0.0); BLOCKS], [s.splat(0.0); BLOCKS]);
+        let (mut subs, mut offsets) = ([s.splat_i32(0); BLOCKS], [s.splat_i32(0); BLOCKS]);
         // SAFETY: all sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
         unsafe {
-            let sums = tile
-                .sums
-                .wrapping_add(sum_index(tile, scale.block, block) * M);
-            let kind = if BLOCK == SUPER {
-                Kind::Wide
-            } else {
-                scale.kind
-            };
-            match kind {
+            let (fine, more) = (panel.add(layout.fine_at), panel.add(layout.offset_at));
+            match scale.kind {
+                Kind::Wide => {
+                    let sw = s.load_bf16(sixteen(panel.add(sup * layout.wide_bytes)));
+                    for n in 0..m {
+                        let factor = s.mul(sw, s.splat(*tile.scales.add(sup * m + n)));
+                        y[n] = s.fma(s.to_f32(dots[n]), factor, y[n]);
+                    }
+                }
                 Kind::Float {
                     scale: kind,
                     offset,
                 } => {
-                    let scales = tile.scales.wrapping_add(block * scale.block / SUPER * M);
-                    for p in 0..P {
-                        let row = block * LANES;
-                        let sw =
-                            load_scale(s, kind, panels[p].add(layout.fine_at + row * kind.size()));
-                        let offsets = panels[p].wrapping_add(layout.offset_at);
-                        for n in 0..M {
-                            let sa = s.splat(*scales.add(n));
-                            let mut dot = dots[p][n];
-                            if offset == Offset::Zero {
-                                let zero = s.load_u8(sixteen(offsets.add(row)));
-                                let zero = s.sub_i32(zero, s.splat_i32(scale.zero_shift));
-                                dot = s.sub_i32(dot, s.mul_i32(zero, s.splat_i32(*sums.add(n))));
+                    for j in 0..blocks {
+                        factors[j] = load_scale(s, kind, fine.add(row(j) * kind.size()));
+                        match offset {
+                            Offset::None => {}
+                            Offset::Min => {
+                                minima[j] = load_scale(s, kind, more.add(row(j) * kind.size()))
                             }
-                            self.y[p][n] = s.fma(s.to_f32(dot), s.mul(sw, sa), self.y[p][n]);
-                            if offset == Offset::Min {
-                                let min = load_scale(s, kind, offsets.add(row * kind.size()));
-                                let asum = s.splat(*sums.add(n) as f32);
-                                self.y[p][n] = s.fma(asum, s.mul(min, sa), self.y[p][n]);
+                            Offset::Zero => {
+                                let zero = s.load_u8(sixteen(more.add(row(j))));
+                                offsets[j] = s.sub_i32(zero, s.splat_i32(scale.zero_shift));
                             }
                         }
+                    }
+                    for n in 0..m {
+                        let sa = s.splat(*tile.scales.add(sup * m + n));
+                        let mut sum = y[n];
+                        for j in 0..blocks {
+                            let mut dot = dots[j * m + n];
+                            let asum = *sums.add(j * m + n);
+                            if offset == Offset::Zero {
+                                dot = s.sub_i32(dot, s.mul_i32(offsets[j], s.splat_i32(asum)));
+                            }
+                            sum = s.fma(s.to_f32(dot), s.mul(factors[j], sa), sum);
+                            if offset == Offset::Min {
+                                sum = s.fma(s.splat(asum as f32), s.mul(minima[j], sa), sum);
+                            }
+                        }
+                        y[n] = sum;
                     }
                 }
                 Kind::Super { sub, min } => {
-                    for p in 0..P {
-                        let fine = panels[p].add(layout.fine_at + block * LANES);
-                        let (sub, minimum) = match sub {
-                            SubScale::U8 => (s.load_u8(sixteen(fine)), None),
-                            SubScale::I8 => (s.load_i8(sixteen(fine)), None),
-                            SubScale::U4 => {
-                                let both = s.load_u8(sixteen(fine));
-                                (s.and_i32(both, s.splat_i32(15)), Some(s.shr_i32(both, 4)))
-                            }
+                    for j in 0..blocks {
+                        let at = fine.add(row(j));
+                        subs[j] = match sub {
+                            SubScale::U8 => s.load_u8(sixteen(at)),
+                            SubScale::I8 => s.load_i8(sixteen(at)),
+                            SubScale::U4 => s.and_i32(s.load_u8(sixteen(at)), s.splat_i32(15)),
                         };
-                        for n in 0..M {
-                            self.scaled[p][n] =
-                                s.add_i32(self.scaled[p][n], s.mul_i32(sub, dots[p][n]));
-                        }
                         if min {
-                            let minimum = match minimum {
-                                Some(m) => m,
-                                None => s.load_u8(sixteen(
-                                    panels[p].add(layout.offset_at + block * LANES),
-                                )),
+                            offsets[j] = match sub {
+                                SubScale::U4 => s.shr_i32(s.load_u8(sixteen(at)), 4),
+                                _ => s.load_u8(sixteen(more.add(row(j)))),
                             };
-                            for n in 0..M {
-                                let part = s.mul_i32(minimum, s.splat_i32(*sums.add(n)));
-                                self.minima[p][n] = s.add_i32(self.minima[p][n], part);
+                        }
+                    }
+                    let wide = panel.add(sup * layout.wide_bytes);
+                    let d = s.load_f16(sixteen(wide));
+                    for n in 0..m {
+                        let sa = s.splat(*tile.scales.add(sup * m + n));
+                        let mut isum = s.splat_i32(0);
+                        for j in 0..blocks {
+                            isum = s.add_i32(isum, s.mul_i32(subs[j], dots[j * m + n]));
+                        }
+                        y[n] = s.fma(s.to_f32(isum), s.mul(d, sa), y[n]);
+                        if min {
+                            let mut msum = s.splat_i32(0);
+                            for j in 0..blocks {
+                                let asum = s.splat_i32(*sums.add(j * m + n));
+                                msum = s.add_i32(msum, s.mul_i32(offsets[j], asum));
                             }
+                            let dmin = s.mul(s.load_f16(sixteen(wide.add(32))), sa);
+                            y[n] = s.fma(s.to_f32(msum), s.neg(dmin), y[n]);
                         }
-                    }
-                }
-                Kind::Wide => {
-                    let scales = tile.scales.wrapping_add(block * M);
-                    for p in 0..P {
-                        let sw = s.load_bf16(sixteen(panels[p].add(block * layout.wide_bytes)));
-                        for n in 0..M {
-                            let scale = s.mul(sw, s.splat(*scales.add(n)));
-                            self.y[p][n] = s.fma(s.to_f32(dots[p][n]), scale, self.y[p][n]);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Ends super-block `sup`.
-    ///
-    /// # Safety
-    /// As [`Sums::settle`].
-    #[inline(always)]
-    pub(super) unsafe fn end_super<const BLOCK: usize>(
-        &mut self,
-        s: S,
-        scale: &Scale,
-        layout: &KLayout,
-        panels: &[*const u8; P],
-        tile: &Tile,
-        sup: usize,
-    ) {
-        let Kind::Super { min, .. } = scale.kind else {
-            return;
-        };
-        if BLOCK == SUPER {
-            return;
-        }
-        // SAFETY: the wide section has one or two f16 of 16 rows per super-block.
-        unsafe {
-            let scales = tile.scales.wrapping_add(sup * M);
-            for p in 0..P {
-                let wide = panels[p].add(sup * layout.wide_bytes);
-                let d = s.load_f16(sixteen(wide));
-                for n in 0..M {
-                    let sa = s.splat(*scales.add(n));
-                    self.y[p][n] = s.fma(s.to_f32(self.scaled[p][n]), s.mul(d, sa), self.y[p][n]);
-                    self.scaled[p][n] = s.splat_i32(0);
-                    if min {
-                        let dmin = s.neg(s.mul(s.load_f16(sixteen(wide.add(32))), sa));
-                        self.y[p][n] = s.fma(s.to_f32(self.minima[p][n]), dmin, self.y[p][n]);
-                        self.minima[p][n] = s.splat_i32(0);
                     }
                 }
             }

@@ -1,5 +1,6 @@
-//! Several tokens: a part of one or two panels is decoded into memory that stays in cache and multiplied with every
-//! tile of tokens. With one tile the part is small enough for L1; with many it is the whole panel, in L2.
+//! Several tokens: a slab of some panels is decoded into memory that stays in cache and multiplied with every tile of
+//! tokens. With many tiles the slabs of a group of panels lie in L2, and a tile's activations in L1 serve all of them; with
+//! one tile the slab is small enough for L1.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -10,11 +11,15 @@ use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
 use super::codes::{Decode, Decoder, Panels, with_decode};
-use super::scales::{Scale, Sums};
+use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
 use crate::acts::{Acts, Tile};
 
-/// Super-blocks decoded at a time when there is one tile: 16 KiB of int8.
-const PART: usize = 4;
+/// Super-blocks of a slab when there is one tile: 8 KiB of int8 a panel.
+const SHORT: usize = 2;
+/// Super-blocks of a slab when there are many: 32 KiB of int8 a panel.
+const LONG: usize = 8;
+/// Panels of a group when there are many tiles.
+pub(super) const GROUP: usize = 8;
 /// Code vectors of a chunk.
 const VECTORS: usize = CHUNK / 4;
 
@@ -39,55 +44,50 @@ pub(super) fn run<S: Simd>(
     out: Out,
 ) {
     let layout = source.layout;
-    let part = if acts.tiles() == 1 {
-        PART
+    let side_by_side = if scale.wants_sums() { 1 } else { S::PANELS };
+    let (slab, group) = if acts.tiles() == 1 {
+        (SHORT, side_by_side)
     } else {
-        layout.supers
+        (LONG, GROUP)
     };
-    let panel_bytes = part.min(layout.supers) * SUPER / CHUNK * VECTORS * S::WEIGHT_BYTES;
+    let panel_bytes = slab.min(layout.supers) * SUPER / CHUNK * VECTORS * S::WEIGHT_BYTES;
     SCRATCH.with_borrow_mut(|scratch| {
-        let lines = (S::PANELS * panel_bytes).div_ceil(64);
+        let lines = (group * panel_bytes).div_ceil(64);
         if scratch.len() < lines {
             scratch.resize(lines, Line([0; 64]));
         }
         let to = scratch.as_mut_ptr().cast::<u8>();
-        let mut panel = panels.start;
-        while panel < panels.end {
-            let live = S::PANELS.min(panels.end - panel);
-            for first in (0..layout.supers).step_by(part) {
-                let supers = first..layout.supers.min(first + part);
-                for side in 0..live {
-                    let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
-                    // SAFETY: the scratch has room for the chunks of `PANELS` panels.
-                    unsafe {
-                        decode(
-                            s,
-                            source,
-                            decoder,
-                            panel + side,
-                            chunks,
-                            to.add(side * panel_bytes),
-                        )
-                    };
+        for base in panels.clone().step_by(group) {
+            let members = base..panels.end.min(base + group);
+            for first in (0..layout.supers).step_by(slab) {
+                let supers = first..layout.supers.min(first + slab);
+                let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
+                for panel in members.clone() {
+                    let to = to.wrapping_add((panel - base) * panel_bytes);
+                    // SAFETY: the scratch has room for the chunks of a group of panels.
+                    unsafe { decode(s, source, decoder, panel, chunks.clone(), to) };
                 }
                 for index in 0..acts.tiles() {
-                    let (first, tile, supers) = (index * S::TILE, acts.tile(index), supers.clone());
-                    let job = Job {
-                        source,
-                        scale,
-                        tile: &tile,
-                        first,
-                        panel,
-                        live,
-                        supers,
-                        weights: to,
-                        panel_bytes,
-                        out,
-                    };
-                    multiply(s, job);
+                    let (first, tile) = (index * S::TILE, acts.tile(index));
+                    for panel in members.clone().step_by(side_by_side) {
+                        multiply(
+                            s,
+                            Job {
+                                source,
+                                scale,
+                                tile: &tile,
+                                first,
+                                panel,
+                                live: side_by_side.min(members.end - panel),
+                                supers: supers.clone(),
+                                weights: to.wrapping_add((panel - base) * panel_bytes),
+                                panel_bytes,
+                                out,
+                            },
+                        );
+                    }
                 }
             }
-            panel += live;
         }
     });
 }
@@ -203,22 +203,14 @@ struct Job<'a> {
 /// Finds the kernel for the number of tokens and the scale kind.
 #[inline(always)]
 fn multiply<S: Simd>(s: S, job: Job<'_>) {
-    macro_rules! blocks {
-        ($p:literal, $m:literal) => {
-            match job.scale.unrolled() {
-                16 => s.run(Product::<S, $p, $m, 16>(s, job)),
-                32 => s.run(Product::<S, $p, $m, 32>(s, job)),
-                64 => s.run(Product::<S, $p, $m, 64>(s, job)),
-                _ => s.run(Product::<S, $p, $m, 256>(s, job)),
-            }
-        };
-    }
     macro_rules! tokens {
         ($m:literal) => {
-            if const { S::PANELS == 2 } {
-                blocks!(2, $m)
-            } else {
-                blocks!(1, $m)
+            match job.scale.unrolled() {
+                16 => s.run(Product::<S, 1, $m, 16>(s, job)),
+                32 => s.run(Product::<S, 1, $m, 32>(s, job)),
+                64 => s.run(Product::<S, 1, $m, 64>(s, job)),
+                _ if const { S::PANELS == 2 } => s.run(Product::<S, 2, $m, 256>(s, job)),
+                _ => s.run(Product::<S, 1, $m, 256>(s, job)),
             }
         };
     }
@@ -253,7 +245,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
         };
         let mut panels = [job.source.at(job.panel); P];
         let mut weights = [job.weights; P];
-        let mut sums = Sums::<S, P, M>::new(s);
+        let mut y = [[s.splat(0.0); M]; P];
+        let mut all = [[s.splat_i32(0); M]; BLOCKS];
         for p in 0..P {
             let side = p.min(job.live - 1);
             panels[p] = job.source.at(job.panel + side);
@@ -261,8 +254,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
             if p == side && job.supers.start > 0 {
                 for n in 0..tile.tokens.min(M) {
                     // SAFETY: what the part before stored.
-                    sums.y[p][n] =
-                        s.load_part(unsafe { job.out.part(job.first + n, job.panel + p) });
+                    y[p][n] = s.load_part(unsafe { job.out.part(job.first + n, job.panel + p) });
                 }
             }
         }
@@ -278,7 +270,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                 let groups = block.min(end - input) / 4;
                 // SAFETY: the decoded part and the tile hold this block.
                 unsafe {
-                    let mut dots = [Sums::<S, P, M>::start(s, tile, block, index); P];
+                    let mut dots = [start::<S, M>(s, tile, block, index); P];
                     for _ in 0..groups {
                         for p in 0..P {
                             let w = s.load_weights(weights[p]);
@@ -290,17 +282,34 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                         }
                         acts = acts.add(group_bytes);
                     }
-                    sums.settle::<BLOCK>(s, scale, layout, &panels, tile, index, &dots);
+                    if BLOCK == SUPER {
+                        for p in 0..P {
+                            settle_wide(s, layout, panels[p], tile, sup, &dots[p], &mut y[p]);
+                        }
+                    } else {
+                        all[input % SUPER / block] = dots[0];
+                    }
                 }
                 input += block;
             }
-            // SAFETY: as above.
-            unsafe { sums.end_super::<BLOCK>(s, scale, layout, &panels, tile, sup) }
+            if BLOCK < SUPER {
+                let (panel, dots) = (panels[0], all.as_flattened());
+                s.run(Settle {
+                    s,
+                    scale,
+                    layout,
+                    panel,
+                    tile,
+                    sup,
+                    dots,
+                    y: &mut y[0],
+                });
+            }
         }
         for p in 0..P.min(job.live) {
             for n in 0..tile.tokens.min(M) {
                 // SAFETY: `Matrix::run` has this part of the output to itself.
-                s.store_part(sums.y[p][n], unsafe {
+                s.store_part(y[p][n], unsafe {
                     job.out.part(job.first + n, job.panel + p)
                 });
             }

@@ -62,7 +62,7 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     const PAIRS: bool = !VNNI;
     const TILE: usize = if VNNI { 6 } else { 4 };
     const PANELS: usize = 1;
-    const DIRECT: bool = true;
+    const DIRECT: usize = 2;
 
     fn new() -> Option<Self> {
         let base = is_x86_feature_detected!("avx2")

@@ -36,7 +36,7 @@ impl Simd for Scalar {
     const PAIRS: bool = false;
     const TILE: usize = 4;
     const PANELS: usize = 1;
-    const DIRECT: bool = false;
+    const DIRECT: usize = 0;
 
     fn new() -> Option<Self> {
         Some(Self(()))

@@ -212,6 +212,45 @@ def test_every_product_runs_on_k_bit_kernels(case, tmp_path):
     assert expected >= 6 * len(model.spec.layers)
 
 
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def in_mxfp4(matrices):
+    """(experts, out, in) as gpt-oss stores it: blocks, scales, and the values they stand for."""
+    groups = matrices.reshape(*matrices.shape[:2], -1, 32)
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    exponents = np.ceil(np.log2(largest / 6.0)).astype(np.int32)
+    scaled = np.ldexp(groups, -exponents)
+    codes = np.abs(scaled[..., None] - FP4).argmin(axis=-1).astype(np.uint8)
+    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+    values = np.ldexp(FP4[codes], exponents).reshape(matrices.shape)
+    return blocks, (exponents[..., 0] + 127).astype(np.uint8), values
+
+
+def test_gpt_oss_in_mxfp4_keeps_its_bits_and_values(tmp_path):
+    golden = Golden("gpt_oss")
+    packed, plain = {}, {}
+    for name, value in golden.tensors().items():
+        plain[name] = packed[name] = value
+        if name.endswith(("gate_up_proj", "down_proj")):
+            blocks, scales, values = in_mxfp4(value.swapaxes(1, 2))
+            del packed[name]
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = values.swapaxes(1, 2)
+    assert len(packed) == len(plain) + 2 * len(archs.describe(golden.config).spec.layers)
+    golden.config["quantization_config"] = {"quant_method": "mxfp4"}
+    expected = canonical(archs.describe(golden.config), plain)
+    with kbit.load(golden.directory(tmp_path, packed), activations="f32", kv="f32") as model:
+        experts = [name for name in expected if ".experts." in name and name.endswith("weight")]
+        assert len(experts) == 3 * 4 * len(model.spec.layers)
+        for name in experts:
+            assert model.weights[name].bits == 4
+            np.testing.assert_array_equal(model.weights[name].dequantize(), expected[name])
+        found = model.forward(golden.ids[0])
+    exact = ReferenceDecoder(model.spec, expected).forward(golden.ids[0]).logits
+    close(found, golden, exact)
+
+
 # GGUF
 
 

@@ -27,8 +27,13 @@ ARCHS = {
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "exaone4": gguf.MODEL_ARCH.EXAONE4,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "cohere2": gguf.MODEL_ARCH.COHERE2,
+    "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
+    "ernie4_5": gguf.MODEL_ARCH.ERNIE4_5,
+    "arcee": gguf.MODEL_ARCH.ARCEE,
 }
-INTERLEAVED = {"llama", "mixtral", "olmo", "granite", "smollm3"}
+INTERLEAVED = {"llama", "mixtral", "olmo", "granite", "smollm3", "arcee"}
 
 
 def write(path, config, tensors):
@@ -89,7 +94,7 @@ def add_metadata(writer, kind, config):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    has_window = kind in ("phi3", "gemma2", "gemma3_text", "gpt_oss", "exaone4")
+    has_window = kind in ("phi3", "gemma2", "gemma3_text", "gpt_oss", "exaone4", "cohere2")
     if has_window and config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     if kind == "gemma2":
@@ -102,6 +107,8 @@ def add_metadata(writer, kind, config):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if kind in ("gpt_neox", "stablelm"):
         writer.add_parallel_residual(config["use_parallel_residual"])
+    if kind == "cohere2":
+        writer.add_logit_scale(config["logit_scale"])
     if kind == "olmo":
         writer.add_clamp_kqv(config["clip_qkv"])
     if kind == "granite":

@@ -161,6 +161,30 @@ CASES = {
         | rope("yarn", factor=8.0, original_max_position_embeddings=32, truncate=False),
     ),
     "exaone4": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 12}),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
+    "cohere2": (
+        "cohere2",
+        {"num_hidden_layers": 4, "sliding_window": 12, "logit_scale": 0.5},
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+        },
+    ),
+    "seed_oss": ("seed_oss", {"head_dim": 24}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True, "tie_word_embeddings": True}),
+    "arcee": ("arcee", {}),
     "long_default": ("llama", long()),
     "long_linear": ("llama", long(**SCALED["linear"])),
     "long_dynamic": ("llama", long(2048, **SCALED["dynamic"])),

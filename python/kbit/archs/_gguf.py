@@ -37,7 +37,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "attention_multiplier": ("attention.scale",),
     "embedding_multiplier": ("embedding_scale",),
     "residual_multiplier": ("residual_scale",),
-    "logits_scaling": ("logit_scale",),
+    "logit_scale": ("logit_scale",),
 }
 """Keys of `config.json` to metadata keys, which begin with the architecture's name."""
 
@@ -105,6 +105,8 @@ class Gguf:
     """Tensor patterns that mean something else here."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Keys of `config.json` that llama.cpp takes for granted."""
+    keys: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Metadata keys (without the name) by what `config.json` calls them here."""
     scaling: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The same of `rope_parameters`, where the rope is scaled."""
     wide_scale_layers: int | None = None
@@ -148,7 +150,9 @@ def gguf_config(gguf: Gguf, files: Sequence[TensorFile]) -> dict[str, Any]:
         return cast("Any", found)
 
     config: dict[str, Any] = {}
-    for name, keys in KEYS.items():
+    other = {key: (own,) for key, own in gguf.keys.items()}
+    usual = {key: own for key, own in KEYS.items() if not set(own) & set(gguf.keys.values())}
+    for name, keys in (usual | other).items():
         found = [v for v in map(value, keys) if v is not None]
         if found:
             config[name] = found[0]

@@ -8,7 +8,7 @@ from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("GraniteForCausalLM",)
 NAMES = llama.NAMES
-GGUF = Gguf("granite", interleaved=True)
+GGUF = Gguf("granite", interleaved=True, keys={"logits_scaling": "logit_scale"})
 
 
 def spec(config: Config) -> ModelSpec:

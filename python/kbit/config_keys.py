@@ -113,27 +113,27 @@ CHANGES_RESULT: dict[str, tuple[Any, ...]] = {
 IRRELEVANT: frozenset[str] = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path activation_dropout
-    architectures attention_bias attention_dropout attention_probs_dropout_prob
-    attention_softmax_in_fp32 attn_pdrop auto_map bad_words_ids begin_suppress_tokens bias
-    bias_dropout_fusion bos_token_id cache_implementation chunk_size_feed_forward
-    classifier_dropout classifier_dropout_prob cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping embd_pdrop
-    embed_dropout embedding_dropout enable_bias encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing hidden_dropout hidden_dropout_prob id2label init_std
-    initializer_range is_decoder label2id layer_norm_elementwise_affine layerdrop length_penalty
-    masked_softmax_fusion max_length max_window_layers min_length mlp_bias mlp_type model_type
-    n_ctx no_repeat_ngram_size norm_type num_beam_groups num_beams num_return_sequences
-    offset_alibi output_attentions output_hidden_states output_past output_router_logits
-    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
-    quantization_config remove_invalid_values reorder_and_upcast_attn repetition_penalty
-    resid_dropout resid_pdrop residual_dropout return_dict return_dict_in_generate rotary
-    router_aux_loss_coef router_jitter_noise sep_token_id seq_length skip_bias_add
-    skip_bias_add_qkv slow_but_exact summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
-    top_p torchscript transformers_version type_vocab_size typical_p unk_token_id use_bfloat16
-    use_bias use_cache use_qkv_bias
+    architectures attention_bias attention_dropout attention_out_bias
+    attention_probs_dropout_prob attention_softmax_in_fp32 attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bias bias_dropout_fusion bos_token_id cache_implementation
+    chunk_size_feed_forward classifier_dropout classifier_dropout_prob
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping embd_pdrop embed_dropout embedding_dropout enable_bias
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
+    hidden_dropout_prob id2label init_std initializer_range is_decoder label2id
+    layer_norm_elementwise_affine layerdrop length_penalty masked_softmax_fusion max_length
+    max_window_layers min_length mlp_bias mlp_type model_type n_ctx no_repeat_ngram_size
+    norm_type num_beam_groups num_beams num_return_sequences offset_alibi output_attentions
+    output_hidden_states output_past output_router_logits output_scores pad_token_id prefix
+    pretraining_tp problem_type pruned_heads quantization_config remove_invalid_values
+    reorder_and_upcast_attn repetition_penalty resid_dropout resid_pdrop residual_dropout
+    return_dict return_dict_in_generate rotary router_aux_loss_coef router_jitter_noise
+    sep_token_id seq_length skip_bias_add skip_bias_add_qkv slow_but_exact summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+    tokenizer_class top_k top_p torchscript transformers_version type_vocab_size typical_p
+    unk_token_id use_bfloat16 use_bias use_cache use_qkv_bias
     """.split()  # noqa: SIM905 (a list would be a page long)
 )
 """Keys that do not: training, tokens, generation, what the tensors tell (biases, tying)."""

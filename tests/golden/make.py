@@ -164,7 +164,12 @@ CASES = {
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
     "cohere2": (
         "cohere2",
-        {"num_hidden_layers": 4, "sliding_window": 12, "logit_scale": 0.5},
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "logit_scale": 0.5,
+            "tie_word_embeddings": True,
+        },
     ),
     "olmo3": (
         "olmo3",

@@ -37,7 +37,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "attention_multiplier": ("attention.scale",),
     "embedding_multiplier": ("embedding_scale",),
     "residual_multiplier": ("residual_scale",),
-    "logit_scale": ("logit_scale",),
+    "logits_scaling": ("logit_scale",),
 }
 """Keys of `config.json` to metadata keys, which begin with the architecture's name."""
 

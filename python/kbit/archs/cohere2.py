@@ -8,7 +8,7 @@ from kbit.names import NameMap, rope_halves, to
 from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("Cohere2ForCausalLM",)
-GGUF = Gguf("cohere2", interleaved=True)
+GGUF = Gguf("cohere2", interleaved=True, keys={"logit_scale": "logit_scale"})
 NAMES = NameMap(
     {
         **llama.ENDS,

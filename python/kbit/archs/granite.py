@@ -8,7 +8,7 @@ from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("GraniteForCausalLM",)
 NAMES = llama.NAMES
-GGUF = Gguf("granite", interleaved=True, keys={"logits_scaling": "logit_scale"})
+GGUF = Gguf("granite", interleaved=True)
 
 
 def spec(config: Config) -> ModelSpec:

@@ -127,7 +127,7 @@ TRAINED = {
         "model_type": "unigram",
         "byte_fallback": True,
         "normalization_rule_name": "nmt_nfkc_cf",
-        "user_defined_symbols": ["<u>", "the▁"],
+        "user_defined_symbols": ["<u>", "the▁", "t▁", "sit"],
     },
     "unigram identity": {
         "model_type": "unigram",

@@ -255,22 +255,23 @@ def _read(
     tied = "head.weight" not in sources
     weights: dict[str, Weight] = {}
     total = sum(stored[one.tensor].nbytes for one in sources.values())
+    storages = {
+        canonical: plan.storage(
+            canonical,
+            [one.tensor],
+            stored[one.tensor].shape,
+            tied=tied and canonical == "embed.weight",
+        )
+        for canonical, one in sources.items()
+    }
+    plan.check_used(sources)  # before the work, not after it
     used = 0
-    names: set[str] = set()
     label = "loading" if options.bits is None else "quantising"
     with Progress(label, total) as progress:
         for canonical, one in sources.items():
             here = stored[one.tensor]
-            names |= {canonical, one.tensor}
-            storage = plan.storage(
-                canonical, [one.tensor], here.shape, tied=tied and canonical == "embed.weight"
-            )
-            weight = here.load(
-                one.transforms,
-                bits=storage.bits,
-                dtype=storage.dtype,
-                threads=options.threads or 0,
-            )
+            bits, dtype = storages[canonical]
+            weight = here.load(one.transforms, bits=bits, dtype=dtype, threads=options.threads or 0)
             weights[canonical] = weight
             used += weight.nbytes
             if budget is not None and used >= budget:
@@ -278,7 +279,6 @@ def _read(
                     f"{len(weights)} of {len(sources)} weights take {used} bytes, memory allows {budget}"
                 )
             progress.advance(here.nbytes)
-    plan.check_used(names)
     return weights
 
 

@@ -317,6 +317,32 @@ def test_gguf_rope_factors(case, length, tmp_path):
     assert found_factor == pytest.approx(factor, rel=1e-6)
 
 
+class WithMetadata:
+    """A TensorFile with other metadata."""
+
+    def __init__(self, file, metadata):
+        self.names, self.shape, self.read = file.names, file.shape, file.read
+        self.metadata = metadata
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt_oss", "phi3", "long_longrope"])
+def test_hostile_gguf_metadata(case, tmp_path):
+    golden = Golden(case)
+    as_gguf.write(tmp_path / "model.gguf", golden.config, golden.tensors())
+    file = TensorFile(tmp_path / "model.gguf")
+    refused = 0
+    for key, kept in file.metadata.items():
+        for value in HOSTILE:
+            changed = WithMetadata(file, {**file.metadata, key: value})
+            try:
+                spec = archs.describe_gguf([changed]).spec
+                ModelSpec.from_json(spec.to_json())
+            except KbitError:
+                refused += 1
+        assert file.metadata[key] == kept
+    assert refused > 100
+
+
 def test_gemma_2_27b_scales_by_its_width(tmp_path):
     golden = Golden("gemma2")
     config = golden.config | {"num_hidden_layers": 46, "layer_types": None}

@@ -122,6 +122,7 @@ impl SimdOp for Floats<'_> {
 }
 
 /// Decoding and dot products at one width, over random bytes. Gives the weights' dot products with unit activations.
+#[allow(clippy::struct_field_names, reason = "the codes are what it is about")]
 struct Codes<'a> {
     codes: &'a [u8; 64],
     book: &'a Book,
@@ -328,7 +329,7 @@ fn element_functions_are_near_the_true_ones() {
                 }
             }
         }
-        println!("function {which}: error {:.2e} at {}", worst.0, worst.1);
+        eprintln!("function {which}: error {:.2e} at {}", worst.0, worst.1);
         assert!(worst.0 < bound, "function {which}: error {worst:?}");
     }
 }

@@ -183,11 +183,15 @@ def test_quantised_against_its_own_weights(case, bits, tmp_path):
     folder = golden.directory(tmp_path)
     with kbit.load(folder, bits=bits, activations="f32", kv="f32") as model:
         weights = {name: weight.dequantize() for name, weight in model.weights.items()}
-        exact = model.forward(golden.ids[0])
-    expected = ReferenceDecoder(model.spec, weights).forward(golden.ids[0]).logits
+        exact = np.stack([model.forward(ids) for ids in golden.ids])
+    decoder = ReferenceDecoder(model.spec, weights)
+    expected = np.stack([decoder.forward(ids).logits for ids in golden.ids])
     assert divergence(expected, exact) <= 1e-6
     with kbit.load(folder, bits=bits) as model:
-        assert divergence(expected, model.forward(golden.ids[0])) <= 5e-3
+        # Of 96 positions: in a mixture of random experts int8 changes a near-tied choice now and
+        # then, which costs its one position 0.1 (the median is 3e-4).
+        found = np.stack([model.forward(ids) for ids in golden.ids])
+    assert divergence(expected, found) <= 5e-3
 
 
 @pytest.mark.parametrize("case", SHORT)

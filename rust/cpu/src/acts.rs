@@ -211,14 +211,30 @@ impl Acts {
     /// Rows `0..tokens` of `inputs` f32 at `stride` are readable; no two threads fill one tile at a time, and none reads
     /// (see `Matrix::run`) before all are filled and the threads have synchronised.
     pub unsafe fn fill(&self, x: *const f32, stride: usize, tiles: Range<usize>) {
-        let tiles = tiles.start..tiles.end.min(self.tiles());
+        let pieces = tiles.start * self.supers()..tiles.end * self.supers();
+        // SAFETY: forwarded.
+        unsafe { self.fill_pieces(x, stride, pieces) }
+    }
+
+    /// Super-blocks of tiles to [`fill_pieces`](Self::fill_pieces), each a unit of work; those of a tile follow each other.
+    pub fn pieces(&self) -> usize {
+        self.tiles() * self.supers()
+    }
+
+    /// Converts 256 inputs of all rows of a tile for each of `pieces`.
+    ///
+    /// # Safety
+    /// As [`fill`](Self::fill), where no two threads fill one piece at a time.
+    pub unsafe fn fill_pieces(&self, x: *const f32, stride: usize, pieces: Range<usize>) {
+        let pieces = pieces.start..pieces.end.min(self.pieces());
+        let acts = self;
         dispatch(
             self.isa,
             Fill {
-                acts: self,
+                acts,
                 x,
                 stride,
-                tiles,
+                pieces,
             },
         );
     }
@@ -294,7 +310,7 @@ struct Fill<'a> {
     acts: &'a Acts,
     x: *const f32,
     stride: usize,
-    tiles: Range<usize>,
+    pieces: Range<usize>,
 }
 
 impl SimdOp for Fill<'_> {
@@ -303,32 +319,32 @@ impl SimdOp for Fill<'_> {
     fn eval<S: Simd>(self, s: S) {
         let a = self.acts;
         let n = a.input.inputs;
-        let mut gathered = vec![0.0; if a.input.permutation.is_some() { n } else { 0 }];
-        for index in self.tiles {
+        let mut gathered = [0.0; SUPER];
+        for piece in self.pieces {
+            let (index, sup) = (piece / a.supers(), piece % a.supers());
             let tile = a.tile(index);
+            let inputs = sup * SUPER..n.min((sup + 1) * SUPER);
             for token in 0..tile.padded {
-                // SAFETY: rows below `tokens` are readable and `n` long, as the caller of `fill` says.
-                let mut row = unsafe {
-                    let at = self
-                        .x
-                        .wrapping_add((index * a.shape.tile + token) * self.stride);
-                    if token < tile.tokens {
-                        std::slice::from_raw_parts(at, n)
-                    } else {
-                        &[][..]
+                let mut block = &[][..];
+                if token < tile.tokens {
+                    // SAFETY: rows below `tokens` are readable and `n` long, as the caller of `fill` says.
+                    let row = unsafe {
+                        let token = index * a.shape.tile + token;
+                        std::slice::from_raw_parts(self.x.wrapping_add(token * self.stride), n)
+                    };
+                    block = &row[inputs.clone()];
+                    if let Some(p) = &a.input.permutation {
+                        for (to, &from) in gathered.iter_mut().zip(&p[inputs.clone()]) {
+                            *to = row[from as usize];
+                        }
+                        block = &gathered[..inputs.len()];
                     }
-                };
-                if let (Some(p), false) = (&a.input.permutation, row.is_empty()) {
-                    for (to, &from) in gathered.iter_mut().zip(p.iter()) {
-                        *to = row[from as usize];
-                    }
-                    row = &gathered;
                 }
-                // SAFETY: the tile has room for `padded` tokens; the caller of `fill` gives it to this thread alone.
+                // SAFETY: the tile has room for `padded` tokens; the caller of `fill` gives the piece to this thread alone.
                 unsafe {
                     match a.input.form {
-                        Form::F32 => store_f32(&tile, token, row, n),
-                        Form::Int8 { .. } => quantise(s, a, &tile, token, row),
+                        Form::F32 => store_f32(&tile, token, sup, block, n),
+                        Form::Int8 { .. } => quantise(s, a, &tile, token, sup, block),
                     }
                 }
             }
@@ -336,109 +352,110 @@ impl SimdOp for Fill<'_> {
     }
 }
 
+/// Super-block `sup` of one row; an empty one is zero.
+///
 /// # Safety
 /// `tile` is writable here and `token` one of it.
-unsafe fn store_f32(tile: &Tile, token: usize, row: &[f32], inputs: usize) {
+unsafe fn store_f32(tile: &Tile, token: usize, sup: usize, block: &[f32], inputs: usize) {
     let (to, quarter) = (tile.data.cast::<f32>(), inputs.next_multiple_of(CHUNK) / 4);
-    for i in 0..inputs {
+    for i in sup * SUPER..inputs.min((sup + 1) * SUPER) {
         let at = ((i % 4) * quarter + i / 4) * tile.padded + token;
         // SAFETY: i is below the padded inputs.
-        unsafe { to.add(at).write(row.get(i).copied().unwrap_or(0.0)) }
+        unsafe {
+            to.add(at)
+                .write(block.get(i % SUPER).copied().unwrap_or(0.0));
+        }
     }
 }
 
-/// One row into int8, its scales and sums; an empty row is zero.
+/// Super-block `sup` of one row into int8, its scale and sums; an empty one is zero.
 ///
 /// # Safety
 /// `tile` is writable here and `token` one of it.
 #[inline(always)]
-unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, row: &[f32]) {
+unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usize, block: &[f32]) {
     let inputs = a.input.inputs.next_multiple_of(CHUNK);
     let data = tile.data;
-    for sup in 0..a.supers() {
-        let block = row.get(sup * SUPER..).unwrap_or(&[]);
-        let block = &block[..block.len().min(SUPER)];
-        let (whole, rest) = block.as_chunks::<LANES>();
-        // A difference of equal finite numbers is 0, else NaN: `odd` turns NaN with the first value that is not finite.
-        let (mut peak, mut odd) = (s.splat(0.0), s.splat(0.0));
-        for x in whole {
-            let v = s.load(x);
-            peak = s.max(s.abs(v), peak);
-            odd = s.add(odd, s.sub(v, v));
-        }
-        let v = s.load_part(rest);
+    let (whole, rest) = block.as_chunks::<LANES>();
+    // A difference of equal finite numbers is 0, else NaN: `odd` turns NaN with the first value that is not finite.
+    let (mut peak, mut odd) = (s.splat(0.0), s.splat(0.0));
+    for x in whole {
+        let v = s.load(x);
         peak = s.max(s.abs(v), peak);
         odd = s.add(odd, s.sub(v, v));
-        let amax = s.reduce_max(peak);
-        let finite = !s.reduce_add(odd).is_nan();
-        let live = finite && amax > 1e-30;
-        let scale = if live {
-            amax / 127.0
-        } else if finite {
-            0.0
-        } else {
-            f32::NAN
-        };
-        let inverse = s.splat(if live { 127.0 / amax } else { 0.0 });
-        // SAFETY: `sup` and `token` are in the tile.
-        unsafe { tile.scales.add(sup * tile.padded + token).write(scale) }
+    }
+    let v = s.load_part(rest);
+    peak = s.max(s.abs(v), peak);
+    odd = s.add(odd, s.sub(v, v));
+    let amax = s.reduce_max(peak);
+    let finite = !s.reduce_add(odd).is_nan();
+    let live = finite && amax > 1e-30;
+    let scale = if live {
+        amax / 127.0
+    } else if finite {
+        0.0
+    } else {
+        f32::NAN
+    };
+    let inverse = s.splat(if live { 127.0 / amax } else { 0.0 });
+    // SAFETY: `sup` and `token` are in the tile.
+    unsafe { tile.scales.add(sup * tile.padded + token).write(scale) }
 
-        let mut sums = [0; SUMS];
-        let mut total = s.splat_i32(0);
-        for j in 0..SUPER.min(inputs - sup * SUPER) / LANES {
-            let v = match whole.get(j) {
-                Some(x) => s.load(x),
-                None if j == whole.len() => s.load_part(rest),
-                None => s.splat(0.0),
-            };
-            let q = if live {
-                s.to_i32(s.mul(v, inverse))
-            } else {
-                s.splat_i32(0)
-            };
-            if tile.per_super == 1 {
-                total = s.add_i32(total, q);
-            } else {
-                sums[j] = s.reduce_add_i32(q);
-            }
-            let mut bytes = [0i8; LANES];
-            s.store_i8(q, &mut bytes);
-            let group = (sup * SUPER + j * LANES) / 4;
-            for g in 0..4 {
-                let four = &bytes[4 * g..4 * g + 4];
-                let at = (group + g) * tile.padded + token;
-                // SAFETY: the group is below the padded inputs.
-                unsafe {
-                    if S::PAIRS {
-                        let pairs = [four[0], four[2], four[1], four[3]].map(i16::from);
-                        data.cast::<[i16; 4]>().add(at).write_unaligned(pairs);
-                    } else {
-                        data.cast::<[i8; 4]>()
-                            .add(at)
-                            .write_unaligned([four[0], four[1], four[2], four[3]]);
-                    }
+    let mut sums = [0; SUMS];
+    let mut total = s.splat_i32(0);
+    for j in 0..SUPER.min(inputs - sup * SUPER) / LANES {
+        let v = match whole.get(j) {
+            Some(x) => s.load(x),
+            None if j == whole.len() => s.load_part(rest),
+            None => s.splat(0.0),
+        };
+        let q = if live {
+            s.to_i32(s.mul(v, inverse))
+        } else {
+            s.splat_i32(0)
+        };
+        if tile.per_super == 1 {
+            total = s.add_i32(total, q);
+        } else {
+            sums[j] = s.reduce_add_i32(q);
+        }
+        let mut bytes = [0i8; LANES];
+        s.store_i8(q, &mut bytes);
+        let group = (sup * SUPER + j * LANES) / 4;
+        for g in 0..4 {
+            let four = &bytes[4 * g..4 * g + 4];
+            let at = (group + g) * tile.padded + token;
+            // SAFETY: the group is below the padded inputs.
+            unsafe {
+                if S::PAIRS {
+                    let pairs = [four[0], four[2], four[1], four[3]].map(i16::from);
+                    data.cast::<[i16; 4]>().add(at).write_unaligned(pairs);
+                } else {
+                    data.cast::<[i8; 4]>()
+                        .add(at)
+                        .write_unaligned([four[0], four[1], four[2], four[3]]);
                 }
             }
         }
-        let keep = |index: usize, sum: i32| {
-            let at = (sup * tile.per_super + index) * tile.padded + token;
-            // SAFETY: index is below the sums of a super-block.
-            unsafe {
-                tile.sums.add(at).write(sum);
-                tile.starts
-                    .add(at)
-                    .write(if a.shape.bias { -128 * sum } else { 0 });
-            }
-        };
-        if tile.per_super == 1 {
-            keep(0, s.reduce_add_i32(total));
-        } else {
-            for i in 16..SUMS {
-                sums[i] = sums[2 * (i - 16)] + sums[2 * (i - 16) + 1];
-            }
-            for (i, &sum) in sums.iter().enumerate() {
-                keep(i, sum);
-            }
+    }
+    let keep = |index: usize, sum: i32| {
+        let at = (sup * tile.per_super + index) * tile.padded + token;
+        // SAFETY: index is below the sums of a super-block.
+        unsafe {
+            tile.sums.add(at).write(sum);
+            tile.starts
+                .add(at)
+                .write(if a.shape.bias { -128 * sum } else { 0 });
+        }
+    };
+    if tile.per_super == 1 {
+        keep(0, s.reduce_add_i32(total));
+    } else {
+        for i in 16..SUMS {
+            sums[i] = sums[2 * (i - 16)] + sums[2 * (i - 16) + 1];
+        }
+        for (i, &sum) in sums.iter().enumerate() {
+            keep(i, sum);
         }
     }
 }

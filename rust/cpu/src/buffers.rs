@@ -137,8 +137,4 @@ impl<T> Cells<T> {
     pub(crate) fn own(&mut self, index: usize) -> &mut T {
         self.0[index].get_mut()
     }
-
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
-    }
 }

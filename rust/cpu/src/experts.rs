@@ -17,7 +17,7 @@ pub(crate) struct Expert {
 #[derive(Debug)]
 pub(crate) struct Experts {
     pub(crate) router: Projection,
-    pub(crate) experts: Vec<Expert>,
+    pub(crate) members: Vec<Expert>,
     pub(crate) top_k: usize,
     pub(crate) routing: Routing,
     pub(crate) scale: f32,
@@ -47,7 +47,7 @@ impl Routes {
         tokens: usize,
         logits: impl Fn(usize) -> &'a [f32],
     ) {
-        let (n, top_k) = (mixture.experts.len(), mixture.top_k);
+        let (n, top_k) = (mixture.members.len(), mixture.top_k);
         self.chosen.clear();
         self.experts.clear();
         for token in 0..tokens {

@@ -50,7 +50,7 @@ impl Best {
 /// Scales and caps logits in place; the best of them.
 pub(crate) struct Logits<'a> {
     pub(crate) head: &'a Head,
-    pub(crate) logits: &'a mut [f32],
+    pub(crate) values: &'a mut [f32],
     /// Id of the first.
     pub(crate) first: u32,
 }
@@ -59,7 +59,7 @@ impl SimdOp for Logits<'_> {
     type Output = Best;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> Best {
-        for x in self.logits.chunks_mut(LANES) {
+        for x in self.values.chunks_mut(LANES) {
             let mut v = s.mul(load(s, x), s.splat(self.head.scale));
             if let Some(cap) = self.head.softcap {
                 v = s.mul(s.splat(cap), math::tanh(s, s.div(v, s.splat(cap))));
@@ -67,7 +67,7 @@ impl SimdOp for Logits<'_> {
             store(s, v, x);
         }
         let mut best = Best::NONE;
-        for (id, &value) in (self.first..).zip(self.logits.iter()) {
+        for (id, &value) in (self.first..).zip(self.values.iter()) {
             best.nan |= value.is_nan();
             if value > best.value || best.id == u32::MAX && value == best.value {
                 (best.value, best.id) = (value, id);

@@ -14,6 +14,10 @@
     unsafe_code,
     reason = "threads share buffers and pages; every block says why it may"
 )]
+#![allow(
+    clippy::cast_ptr_alignment,
+    reason = "bytes come from allocations on 64-byte boundaries"
+)]
 
 mod activation;
 pub mod acts;

@@ -284,9 +284,10 @@ impl<'a> Planner<'a> {
                     (adds && *out == buffer, *out == buffer)
                 }
                 Op::Attention { qkv, out, .. } => (*qkv == buffer, *out == buffer),
-                Op::Add { x, into, .. } => (*x == buffer || *into == buffer, false),
                 // Experts gather rows of x from the shared buffer.
-                Op::Experts { x, into, .. } => (*x == buffer || *into == buffer, false),
+                Op::Add { x, into, .. } | Op::Experts { x, into, .. } => {
+                    (*x == buffer || *into == buffer, false)
+                }
                 Op::Hidden { .. } | Op::Head { .. } => (false, false),
             };
             if other_reads {

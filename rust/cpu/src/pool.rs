@@ -478,11 +478,6 @@ impl Team<'_> {
         }
     }
 
-    /// This thread's contiguous part of `0..items`, for work that must not move between threads.
-    pub(crate) fn share(&self, items: usize) -> Range<usize> {
-        self.share_of(self.index, items)
-    }
-
     fn share_of(&self, index: usize, items: usize) -> Range<usize> {
         items * index / self.threads..items * (index + 1) / self.threads
     }

@@ -198,7 +198,7 @@ impl Binder<'_> {
                     sinks,
                     out,
                 }) if same == qkv && also == layer => {
-                    if clip.is_some_and(|c| !(c >= 0.0)) {
+                    if clip.is_some_and(|c| c.is_nan() || c < 0.0) {
                         return Err(Error::Format(format!(
                             "layer {layer}: q, k and v are clamped to {clip:?}, wanted 0 or more"
                         )));
@@ -276,7 +276,7 @@ impl Binder<'_> {
                 let router = self.projection(id(*x), &[*router], Epilogue::Store)?;
                 let experts = Experts {
                     router,
-                    experts,
+                    members: experts,
                     top_k: *top_k,
                     routing: *routing,
                     scale: *scale,
@@ -357,18 +357,18 @@ impl Binder<'_> {
             )));
         }
         let part = |(i, linear): (usize, &Linear)| -> Result<Part> {
-            let matrix = match self.matrices.get(&linear.weight) {
-                Some(matrix) => matrix.clone(),
-                None => {
-                    let matrix = Arc::new(Matrix::prepare(
-                        self.weight(linear.weight),
-                        self.activations,
-                    )?);
-                    self.matrices.insert(linear.weight, matrix.clone());
-                    matrix
-                }
+            let matrix = if let Some(matrix) = self.matrices.get(&linear.weight) {
+                matrix.clone()
+            } else {
+                let matrix = Arc::new(Matrix::prepare(
+                    self.weight(linear.weight),
+                    self.activations,
+                )?);
+                self.matrices.insert(linear.weight, matrix.clone());
+                matrix
             };
             Ok(Part {
+                panel_bytes: (matrix.nbytes() / matrix.panels()).max(1),
                 matrix,
                 bias: linear.bias.map(|b| self.vector(b)),
                 acts: acts(i),

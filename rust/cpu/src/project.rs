@@ -27,6 +27,8 @@ pub(crate) struct Part {
     pub(crate) bias: Option<Vec<f32>>,
     /// Which activations it reads.
     pub(crate) acts: usize,
+    /// Bytes of a panel.
+    pub(crate) panel_bytes: usize,
 }
 
 /// Matrices that share their input, and what happens to their outputs.
@@ -51,8 +53,7 @@ impl Projection {
         if tokens >= MANY {
             return 1;
         }
-        let bytes = (matrix.nbytes() / panels).max(1);
-        (ITEM_BYTES / bytes).clamp(1, (panels / (threads * ITEMS)).max(1))
+        (ITEM_BYTES / self.parts[part].panel_bytes).clamp(1, (panels / (threads * ITEMS)).max(1))
     }
 
     /// Parts that give outputs side by side: a gate and its up matrix count as one.
@@ -131,7 +132,7 @@ impl Projection {
                     panels,
                     to.at.add(column).sub(rows.start),
                     to.stride,
-                )
+                );
             };
             return;
         }
@@ -149,7 +150,7 @@ impl Projection {
                     panels.clone(),
                     at.wrapping_sub(rows.start),
                     width,
-                )
+                );
             };
         };
         compute(0);

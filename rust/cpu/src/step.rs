@@ -170,8 +170,8 @@ impl Pass<'_> {
                 // SAFETY: see above.
                 let memory = unsafe { self.memory.acts.get(m.acts[acts].memory) };
                 // SAFETY: see above.
-                team.for_each(memory.tiles(), |tile| unsafe {
-                    memory.fill(rows.base(), rows.stride(), tile..tile + 1)
+                team.for_each(memory.pieces(), |piece| unsafe {
+                    memory.fill_pieces(rows.base(), rows.stride(), piece..piece + 1);
                 });
             }
             Work::OwnFill {
@@ -197,7 +197,7 @@ impl Pass<'_> {
                             |a| self.acts(acts, a),
                             to,
                             scratch,
-                        )
+                        );
                     };
                 });
             }
@@ -279,7 +279,7 @@ impl Pass<'_> {
                     unsafe {
                         buffer(m.head_rows)
                             .part_mut(i, 0, m.widths[*x])
-                            .copy_from_slice(buffer(*x).row(self.rows[i]))
+                            .copy_from_slice(buffer(*x).row(self.rows[i]));
                     };
                 });
             }
@@ -432,7 +432,7 @@ impl Pass<'_> {
                     |a| self.acts(acts, a),
                     to,
                     scratch,
-                )
+                );
             };
             for (r, (logits, best)) in rows
                 .chunks_exact_mut(ids.len())
@@ -443,7 +443,7 @@ impl Pass<'_> {
                     self.isa,
                     Logits {
                         head,
-                        logits,
+                        values: logits,
                         first: ids.start as u32,
                     },
                 ));
@@ -501,13 +501,13 @@ impl Pass<'_> {
                         |a| self.acts(acts, a),
                         target(buffer(m.router)),
                         scratch,
-                    )
+                    );
                 };
             }),
             Work::Route(_) => {
                 // SAFETY: see `work`.
                 routes.route(self.isa, mixture, tokens, |t| unsafe {
-                    &buffer(m.router).row(t)[..mixture.experts.len()]
+                    &buffer(m.router).row(t)[..mixture.members.len()]
                 });
             }
             Work::ExpertsFill(_) => return self.experts_fill(team, mixture, routes, scratch, *x),
@@ -517,9 +517,9 @@ impl Pass<'_> {
                 let out = buffer(if up { m.inner } else { m.outer });
                 let projection = |e: usize| {
                     if up {
-                        &mixture.experts[e].up
+                        &mixture.members[e].up
                     } else {
-                        &mixture.experts[e].down
+                        &mixture.members[e].down
                     }
                 };
                 let items = routes
@@ -551,7 +551,7 @@ impl Pass<'_> {
                                     acts,
                                     to,
                                     scratch,
-                                )
+                                );
                             };
                             return;
                         }
@@ -611,7 +611,7 @@ impl Pass<'_> {
                 // SAFETY: see `work`.
                 scratch.extend_from_slice(unsafe { rows.row(routes.tokens[slot]) });
             }
-            for part in &mixture.experts[e].up.parts {
+            for part in &mixture.members[e].up.parts {
                 // SAFETY: see `work`; an expert is one item.
                 let acts = unsafe { self.memory.expert_acts.get_mut(3 * e + part.acts) };
                 match acts.reserve(self.isa, part.matrix.input(), slots.len()) {
@@ -637,7 +637,7 @@ impl Pass<'_> {
                 routes.active[i].0,
                 routes.active[i].1..routes.active[i + 1].1,
             );
-            let part = &mixture.experts[e].down.parts[0];
+            let part = &mixture.members[e].down.parts[0];
             // SAFETY: see `work`; an expert is one item.
             let acts = unsafe { self.memory.expert_acts.get_mut(3 * e + part.acts) };
             match acts.reserve(self.isa, part.matrix.input(), slots.len()) {

@@ -209,31 +209,17 @@ impl Chunk<'_> {
     /// Scores of all queries, N at a time.
     #[inline(always)]
     fn tiles<S: Simd, E: Element, const N: usize>(&mut self, s: S) {
-        let n = self.queries.len();
-        let seen = |from: usize, to: usize, queries: &[Query], start| {
-            let ranges = || {
-                queries[from..to]
-                    .iter()
-                    .map(|q| q.range(start))
-                    .filter(|r| !r.is_empty())
-            };
-            let first = ranges().map(|r| r.start).min().unwrap_or(0);
-            first / BLOCK..ranges().map(|r| r.end).max().unwrap_or(0).div_ceil(BLOCK)
-        };
+        let whole = self.queries.len() / N * N;
+        let (tiles, rest) = self.queries.split_at(whole);
+        let spans: Vec<Range<usize>> = tiles.chunks(N).map(|q| blocks(q, self.start)).collect();
+        let rest: Vec<Range<usize>> = rest.chunks(1).map(|q| blocks(q, self.start)).collect();
         // Blocks outside, so that a block of keys stays in the first cache for all queries.
-        for block in seen(0, n, self.queries, self.start) {
-            let mut i = 0;
-            while i + N <= n {
-                if seen(i, i + N, self.queries, self.start).contains(&block) {
-                    self.tile::<S, E, N>(s, block, i);
-                }
-                i += N;
+        for block in blocks(self.queries, self.start) {
+            for (i, _) in spans.iter().enumerate().filter(|(_, s)| s.contains(&block)) {
+                self.tile::<S, E, N>(s, block, i * N);
             }
-            while i < n {
-                if seen(i, i + 1, self.queries, self.start).contains(&block) {
-                    self.tile::<S, E, 1>(s, block, i);
-                }
-                i += 1;
+            for (i, _) in rest.iter().enumerate().filter(|(_, s)| s.contains(&block)) {
+                self.tile::<S, E, 1>(s, block, whole + i);
             }
         }
     }
@@ -410,6 +396,18 @@ impl Chunk<'_> {
     }
 }
 
+/// Blocks of the chunk at `start` that some of the queries see.
+fn blocks(queries: &[Query], start: usize) -> Range<usize> {
+    let seen = || {
+        queries
+            .iter()
+            .map(|q| q.range(start))
+            .filter(|r| !r.is_empty())
+    };
+    let first = seen().map(|r| r.start).min().unwrap_or(0);
+    first / BLOCK..seen().map(|r| r.end).max().unwrap_or(0).div_ceil(BLOCK)
+}
+
 /// 0, 1, ..., 15.
 const STEPS: [f32; LANES] = [
     0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
@@ -551,9 +549,9 @@ impl SimdOp for Append<'_> {
                         CacheType::F16 | CacheType::BF16 => {
                             let mut bits = [0u16; LANES];
                             if self.kind == CacheType::F16 {
-                                s.store_f16(v, &mut bits)
+                                s.store_f16(v, &mut bits);
                             } else {
-                                s.store_bf16(v, &mut bits)
+                                s.store_bf16(v, &mut bits);
                             }
                             (0..n).for_each(|i| *to.cast::<u16>().add(first + i * step) = bits[i]);
                         }

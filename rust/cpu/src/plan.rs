@@ -317,3 +317,118 @@ impl<'a> Planner<'a> {
         self.steps.push(Step { barrier, work });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kbit_tensor::program::{
+        Activations, Buffer, BufferId, CacheLayer, Epilogue, Linear, Norm, NormKind, Op, Program,
+        WeightId,
+    };
+    use kbit_tensor::{Tensor, Weight};
+
+    use super::*;
+
+    /// Barriers of both plans for a llama of `layers` layers.
+    fn barriers(layers: usize) -> (usize, usize) {
+        let buffer = |width: usize| Buffer {
+            name: String::new(),
+            width,
+        };
+        let [h, x, qkv, heads] = [0, 1, 2, 3].map(BufferId);
+        let norm = Norm {
+            kind: NormKind::Rms,
+            eps: 1e-5,
+            weight: None,
+            bias: None,
+        };
+        let linear = |rows: u32| Linear {
+            weight: WeightId(rows),
+            bias: None,
+        };
+        let mut program = Program {
+            weights: vec!["square".into(), "wide".into()],
+            buffers: [16, 16, 48, 16].map(buffer).to_vec(),
+            vocab_size: 16,
+            context: 8,
+            ..Program::default()
+        };
+        let table = WeightId(0);
+        let (scale, epilogue) = (1.0, Epilogue::AddTo { scale: 1.0 });
+        let store = Epilogue::Store;
+        program.ops.push(Op::Embed {
+            table,
+            scale,
+            positions: None,
+            out: h,
+        });
+        for layer in 0..layers {
+            program.cache.push(CacheLayer {
+                kv_heads: 1,
+                q_heads: 1,
+                head_dim: 16,
+                window: None,
+            });
+            program.ops.extend([
+                Op::Norm { x: h, norm, out: x },
+                Op::Linear {
+                    x,
+                    parts: vec![linear(1)],
+                    epilogue: store,
+                    out: qkv,
+                },
+                Op::RopeAppend {
+                    qkv,
+                    layer,
+                    rope: None,
+                    q_norm: None,
+                    k_norm: None,
+                    clip: None,
+                },
+                Op::Attention {
+                    qkv,
+                    layer,
+                    scale,
+                    window: None,
+                    softcap: None,
+                    alibi: None,
+                    sinks: None,
+                    out: heads,
+                },
+                Op::Linear {
+                    x: heads,
+                    parts: vec![linear(0)],
+                    epilogue,
+                    out: h,
+                },
+                Op::Norm { x: h, norm, out: x },
+                Op::Linear {
+                    x,
+                    parts: vec![linear(1)],
+                    epilogue: store,
+                    out: qkv,
+                },
+                Op::Linear {
+                    x: heads,
+                    parts: vec![linear(0)],
+                    epilogue,
+                    out: h,
+                },
+            ]);
+        }
+        let weights = [16, 48].map(|rows| {
+            let zeros = Tensor::from_f32(&[rows, 16], &vec![0.0; rows * 16]);
+            Weight::Dense(zeros.expect("room"))
+        });
+        let model = Model::new(&program, &weights, Activations::Int8).expect("binds");
+        (Plan::few(&model).barriers(), Plan::many(&model).barriers())
+    }
+
+    /// Decoding meets at the buffers that all read: stream, qkv, heads, stream (and the inner rows, which this small MLP
+    /// without an activation does not wait for).
+    #[test]
+    fn few_barriers_a_layer() {
+        let ((few, many), (few_more, many_more)) = (barriers(1), barriers(3));
+        assert_eq!(few_more - few, 2 * 4);
+        assert!(many_more - many <= 2 * 11, "{many_more} {many}");
+    }
+}

@@ -1,5 +1,7 @@
 //! From exact int32 sums to f32, in the one order `docs/numerics.md` section 3 fixes, for every scale kind.
 
+use std::mem::MaybeUninit;
+
 use kbit_simd::{LANES, Simd, SimdOp};
 use kbit_tensor::{KLayout, KTensor, Offset, SUPER, ScaleType, Scales, SubScale};
 
@@ -194,8 +196,15 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
         let sums = tile
             .sums
             .wrapping_add(sum_index(tile, scale.block, first) * m);
-        let (mut factors, mut minima) = ([s.splat(0.0); BLOCKS], [s.splat(0.0); BLOCKS]);
-        let (mut subs, mut offsets) = ([s.splat_i32(0); BLOCKS], [s.splat_i32(0); BLOCKS]);
+        // Of the blocks of the super-block; only what the kind uses is set, and only that is read.
+        let (mut factors, mut minima) = (
+            [MaybeUninit::<S::F32>::uninit(); BLOCKS],
+            [MaybeUninit::<S::F32>::uninit(); BLOCKS],
+        );
+        let (mut subs, mut offsets) = (
+            [MaybeUninit::<S::I32>::uninit(); BLOCKS],
+            [MaybeUninit::<S::I32>::uninit(); BLOCKS],
+        );
         // SAFETY: all sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
         unsafe {
             let (fine, more) = (panel.add(layout.fine_at), panel.add(layout.offset_at));
@@ -212,15 +221,19 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
                     offset,
                 } => {
                     for j in 0..blocks {
-                        factors[j] = load_scale(s, kind, fine.add(row(j) * kind.size()));
+                        factors[j].write(load_scale(s, kind, fine.add(row(j) * kind.size())));
                         match offset {
                             Offset::None => {}
                             Offset::Min => {
-                                minima[j] = load_scale(s, kind, more.add(row(j) * kind.size()))
+                                minima[j].write(load_scale(
+                                    s,
+                                    kind,
+                                    more.add(row(j) * kind.size()),
+                                ));
                             }
                             Offset::Zero => {
                                 let zero = s.load_u8(sixteen(more.add(row(j))));
-                                offsets[j] = s.sub_i32(zero, s.splat_i32(scale.zero_shift));
+                                offsets[j].write(s.sub_i32(zero, s.splat_i32(scale.zero_shift)));
                             }
                         }
                     }
@@ -231,11 +244,18 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
                             let mut dot = dots[j * m + n];
                             let asum = *sums.add(j * m + n);
                             if offset == Offset::Zero {
-                                dot = s.sub_i32(dot, s.mul_i32(offsets[j], s.splat_i32(asum)));
+                                dot = s.sub_i32(
+                                    dot,
+                                    s.mul_i32(offsets[j].assume_init(), s.splat_i32(asum)),
+                                );
                             }
-                            sum = s.fma(s.to_f32(dot), s.mul(factors[j], sa), sum);
+                            sum = s.fma(s.to_f32(dot), s.mul(factors[j].assume_init(), sa), sum);
                             if offset == Offset::Min {
-                                sum = s.fma(s.splat(asum as f32), s.mul(minima[j], sa), sum);
+                                sum = s.fma(
+                                    s.splat(asum as f32),
+                                    s.mul(minima[j].assume_init(), sa),
+                                    sum,
+                                );
                             }
                         }
                         y[n] = sum;
@@ -244,16 +264,16 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
                 Kind::Super { sub, min } => {
                     for j in 0..blocks {
                         let at = fine.add(row(j));
-                        subs[j] = match sub {
+                        subs[j].write(match sub {
                             SubScale::U8 => s.load_u8(sixteen(at)),
                             SubScale::I8 => s.load_i8(sixteen(at)),
                             SubScale::U4 => s.and_i32(s.load_u8(sixteen(at)), s.splat_i32(15)),
-                        };
+                        });
                         if min {
-                            offsets[j] = match sub {
+                            offsets[j].write(match sub {
                                 SubScale::U4 => s.shr_i32(s.load_u8(sixteen(at)), 4),
                                 _ => s.load_u8(sixteen(more.add(row(j)))),
-                            };
+                            });
                         }
                     }
                     let wide = panel.add(sup * layout.wide_bytes);
@@ -262,14 +282,15 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
                         let sa = s.splat(*tile.scales.add(sup * m + n));
                         let mut isum = s.splat_i32(0);
                         for j in 0..blocks {
-                            isum = s.add_i32(isum, s.mul_i32(subs[j], dots[j * m + n]));
+                            isum =
+                                s.add_i32(isum, s.mul_i32(subs[j].assume_init(), dots[j * m + n]));
                         }
                         y[n] = s.fma(s.to_f32(isum), s.mul(d, sa), y[n]);
                         if min {
                             let mut msum = s.splat_i32(0);
                             for j in 0..blocks {
                                 let asum = s.splat_i32(*sums.add(j * m + n));
-                                msum = s.add_i32(msum, s.mul_i32(offsets[j], asum));
+                                msum = s.add_i32(msum, s.mul_i32(offsets[j].assume_init(), asum));
                             }
                             let dmin = s.mul(s.load_f16(sixteen(wide.add(32))), sa);
                             y[n] = s.fma(s.to_f32(msum), s.neg(dmin), y[n]);

@@ -366,7 +366,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
             Some(("threads", n)) => wanted.threads = n.parse()?,
             Some(("only", text)) => text.clone_into(&mut wanted.only),
             None if ["decode", "batch", "prefill"].contains(&argument.as_str()) => {
-                wanted.parts.push(argument)
+                wanted.parts.push(argument);
             }
             _ => return Err(format!("unknown argument {argument:?}").into()),
         }

@@ -495,7 +495,7 @@ impl Team<'_> {
 mod tests {
     use super::*;
 
-    const NEVER: AtomicBool = AtomicBool::new(false);
+    static NEVER: AtomicBool = AtomicBool::new(false);
 
     /// Every item of every loop is done once, and barriers order writes before reads.
     #[test]

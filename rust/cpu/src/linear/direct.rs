@@ -143,7 +143,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
                 if BLOCK == SUPER {
                     // SAFETY: as above.
                     unsafe {
-                        settle_wide(s, layout, at, self.tile, sup, &state.dots[0], &mut state.y)
+                        settle_wide(s, layout, at, self.tile, sup, &state.dots[0], &mut state.y);
                     }
                 } else {
                     let (scale, tile, dots) = (self.scale, self.tile, state.dots.as_flattened());
@@ -247,7 +247,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D,
     #[inline(always)]
     unsafe fn begin(&self, state: &mut State<S, M>, chunk: usize, quarter: usize) {
         let input = chunk * CHUNK + quarter * 16;
-        if BLOCK <= 32 || input % self.block() == 0 {
+        if BLOCK <= 32 || input.is_multiple_of(self.block()) {
             let zero = self.s.splat_i32(0);
             // SAFETY: as the caller says.
             let start =

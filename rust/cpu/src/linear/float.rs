@@ -240,7 +240,7 @@ fn dequantise(
     for i in 0..CHUNK {
         let input = chunk * CHUNK + i;
         let (k, sup) = (input / block, input / SUPER);
-        if i == 0 || input % block == 0 {
+        if i == 0 || input.is_multiple_of(block) {
             for r in 0..ROWS {
                 let wide = |which| layout.wide_offset(row + r, sup, which);
                 match *weight.scales() {
@@ -262,7 +262,7 @@ fn dequantise(
                             Offset::None => {}
                             Offset::Min => {
                                 add[r] = kind
-                                    .read(&bytes[layout.offset_offset(row + r, k, kind.size())..])
+                                    .read(&bytes[layout.offset_offset(row + r, k, kind.size())..]);
                             }
                             Offset::Zero => {
                                 let shift = if layout.bits == 8 { 128.0 } else { 0.0 };

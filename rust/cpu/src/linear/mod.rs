@@ -43,6 +43,10 @@ pub struct Matrix {
 }
 
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one a matrix; a box would cost a hop for every item of work"
+)]
 enum Store {
     /// Int8 path: panels as stored.
     Codes {
@@ -275,7 +279,7 @@ impl SimdOp for Run<'_> {
                 }
             }
             Store::Floats(weight) => {
-                float::run(s, &float::Source::Quantised(weight), acts, panels, out)
+                float::run(s, &float::Source::Quantised(weight), acts, panels, out);
             }
             Store::Dense(dense) => float::run(s, &float::Source::Dense(dense), acts, panels, out),
         }

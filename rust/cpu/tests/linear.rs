@@ -1,5 +1,9 @@
 //! Matrix products of every kind on every instruction set this machine has, compared as bits with plain loops over
 //! [`KTensor`]'s accessors that share no code with the kernels.
+#![allow(
+    clippy::print_stdout,
+    reason = "the counts belong to the result of the test"
+)]
 #![allow(unsafe_code, reason = "Matrix::run writes where its caller says")]
 
 mod common;
@@ -477,6 +481,9 @@ fn the_float_path_gives_the_same_bits_on_every_instruction_set() {
 }
 
 /// What a kernel that made this mistake would compute: the comparison above must be able to see it.
+/// A name and what it does to the bytes of a matrix.
+type Fault<'a> = (&'a str, Box<dyn Fn(&mut [u8]) + 'a>);
+
 #[test]
 fn planted_faults_change_the_bits() {
     let mut random = Random::new(5);
@@ -505,7 +512,6 @@ fn planted_faults_change_the_bits() {
         .expect("a matrix");
         Matrix::prepare(&Weight::Quantised(k), Activations::Int8).expect("a matrix")
     };
-    type Fault<'a> = (&'a str, Box<dyn Fn(&mut [u8]) + 'a>);
     let l = &layout;
     let faults: [Fault<'_>; 4] = [
         (

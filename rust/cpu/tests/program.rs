@@ -59,6 +59,7 @@ fn base() -> Value {
     })
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "callers write it in place")]
 fn with(changes: Value) -> Value {
     let mut spec = base();
     for (key, value) in changes.as_object().expect("an object") {

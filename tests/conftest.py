@@ -1,6 +1,7 @@
 """What all tests share: hypothesis profiles, the inputs beside the repository, loaded models."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import kbit
 
 REPO = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("KBIT_SHARED", REPO.parent / "shared"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs so; the processes of the Ctrl-C tests would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore_glob = ["golden/*"]  # makes the goldens, with torch
 

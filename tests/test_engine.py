@@ -344,7 +344,10 @@ except KeyboardInterrupt:
     assert process.poll() is None
     sent = time.time()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (0, "")
     assert float(out) - sent < 0.25
 

@@ -50,6 +50,17 @@ pub fn default_threads() -> Result<usize> {
     }
 }
 
+/// Threads of a pass that reads the weights once, where `threads` were not asked for. Such a pass is bound by memory, which fewer
+/// threads saturate; a core left to the application keeps its threads from being waited for at every barrier.
+pub(crate) fn reading_threads(threads: usize) -> usize {
+    let asked = std::env::var("KBIT_NUM_THREADS").is_ok_and(|text| !text.trim().is_empty());
+    if threads < 4 || asked {
+        threads
+    } else {
+        threads - 1
+    }
+}
+
 /// Cores this process may use (affinity mask and control group quota included).
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS))

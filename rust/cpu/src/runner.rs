@@ -32,6 +32,8 @@ pub struct CpuRunner {
     many: Plan,
     isa: Isa,
     threads: usize,
+    /// Threads of a pass of few tokens.
+    reading_threads: usize,
     options: Options,
     cache: Cache,
     heads: Vec<(HeadLayout, usize)>,
@@ -76,6 +78,10 @@ impl CpuRunner {
                 )));
             }
         };
+        let reading_threads = match options.threads {
+            0 => pool::reading_threads(threads),
+            _ => threads,
+        };
         let model = Model::new(&program, weights, options.activations)?;
         let cache = Cache::new(&program.cache, options.cache, options.cache_bytes);
         let memory = Memory {
@@ -113,6 +119,7 @@ impl CpuRunner {
             model,
             isa,
             threads,
+            reading_threads,
             options,
             cache,
             memory,
@@ -314,7 +321,12 @@ impl CpuRunner {
             hidden: &hidden,
             error: &error,
         };
-        let result = pool::run(self.threads, cancel, &|team| pass.run(team));
+        let threads = if few {
+            self.reading_threads
+        } else {
+            self.threads
+        };
+        let result = pool::run(threads, cancel, &|team| pass.run(team));
         if let Some(error) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
@@ -327,7 +339,7 @@ impl CpuRunner {
         {
             for row in 0..rows.len() {
                 let best =
-                    (0..self.threads).filter_map(|t| self.memory.own.own(t).best.get(row).copied());
+                    (0..threads).filter_map(|t| self.memory.own.own(t).best.get(row).copied());
                 out.result
                     .argmax
                     .push(best.fold(Best::NONE, Best::merge).id());

@@ -14,7 +14,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyTuple};
 
-use crate::error::interruptible;
+use crate::error::{interruptible, raise};
 use crate::file::{TensorFile, shaped};
 
 #[pyclass(frozen, module = "kbit._core")]
@@ -265,19 +265,6 @@ fn scales<'py>(py: Python<'py>, scales: &Scales) -> PyResult<Bound<'py, PyDict>>
     Ok(all)
 }
 
-fn codebook_format(name: &str) -> PyResult<CodebookFormat> {
-    match name {
-        "int" => Ok(CodebookFormat::Int),
-        "float" => Ok(CodebookFormat::Float),
-        "quantile" => Ok(CodebookFormat::Quantile),
-        "nf" => Ok(CodebookFormat::Nf),
-        "learned" => Ok(CodebookFormat::Learned),
-        other => Err(PyValueError::new_err(format!(
-            "format must be 'int', 'float', 'quantile', 'nf' or 'learned', is '{other}'"
-        ))),
-    }
-}
-
 /// A copy, row-major. A slice is the fast way; other layouts go element by element.
 fn owned(array: &PyReadonlyArray2<'_, f32>) -> Vec<f32> {
     match array.as_slice() {
@@ -306,7 +293,7 @@ pub(crate) fn quantize(
     importance: Option<PyReadonlyArray1<'_, f32>>,
     threads: usize,
 ) -> PyResult<Weight> {
-    let format = codebook_format(format)?;
+    let format: CodebookFormat = format.parse().map_err(raise)?;
     let (rows, inputs) = array.as_array().dim();
     let values = owned(&array);
     let importance: Option<Vec<f32>> = importance.map(|i| i.as_array().iter().copied().collect());
@@ -386,7 +373,7 @@ pub(crate) fn load_weight(
     block: Option<usize>,
     threads: usize,
 ) -> PyResult<Weight> {
-    let format = codebook_format(format)?;
+    let format: CodebookFormat = format.parse().map_err(raise)?;
     let steps: Vec<Transform> = transforms.iter().map(transform).collect::<PyResult<_>>()?;
     let keep = match dtype {
         None => Keep::AsStored,

@@ -1,10 +1,11 @@
 //! Input rows as matrices want them: int8 with one scale per 256 inputs (`docs/numerics.md` section 2), or f32.
 //!
-//! Tokens are grouped in tiles of up to [`Simd::TILE`]; the last tile may be smaller, rounded up to a size that kernels exist
-//! for (missing tokens are zero). Within a tile of n tokens everything that one step of a kernel reads lies together:
+//! Up to [`Simd::DIRECT`] tokens are one tile, more are grouped in tiles of [`Simd::TILE`]; the last tile may be smaller. Sizes are rounded up to
+//! one that kernels exist for (missing tokens are zero). Within a tile of n tokens everything that one step of a kernel reads lies together:
 //!
 //! ```text
-//! int8     [inputs / 4][n][4]          i8, or i16 in the order 0, 2, 1, 3 where the instruction set multiplies those
+//! int8     [inputs / run][n][run]      i8, run = 4 or what Simd::RUN says; or i16, run = 4 in the order 0, 2, 1, 3, where the
+//!                                      instruction set multiplies those
 //! f32      [input mod 4][inputs / 4][n]
 //! scales   [supers][n] f32
 //! sums     [supers][31][n] i32         of 16 blocks of 16 inputs, 8 of 32, 4 of 64, 2 of 128, 1 of 256; or [supers][1][n]
@@ -58,19 +59,17 @@ pub struct Input {
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     tile: usize,
+    /// Up to so many tokens are one tile of a power of two.
+    direct: usize,
     pairs: bool,
     bias: bool,
 }
 
-/// The smallest tile kernels exist for that holds `n` tokens.
-pub(crate) fn padded_tile(n: usize) -> usize {
-    match n {
-        0..=2 => n,
-        3..=4 => 4,
-        5..=6 => 6,
-        7..=8 => 8,
-        _ => 12,
-    }
+/// The smallest tile kernels exist for that holds `n` tokens, when a full one has `tile`.
+fn padded_tile(n: usize, tile: usize) -> usize {
+    let sizes = [0, 1, 2, 4, 6, 8, 12, 16];
+    let fits = sizes.into_iter().find(|&size| size >= n);
+    fits.map_or(tile, |size| size.min(tile))
 }
 
 /// Rows of a step in the form one kind of matrix wants. Reused from step to step; memory only grows.
@@ -132,6 +131,7 @@ impl Acts {
             isa: Isa::Scalar,
             shape: Shape {
                 tile: 4,
+                direct: 0,
                 pairs: false,
                 bias: false,
             },
@@ -155,12 +155,15 @@ impl Acts {
     pub fn reserve(&mut self, isa: Isa, input: &Input, tokens: usize) -> Result<()> {
         self.isa = isa;
         self.shape = dispatch(isa, ShapeOf);
+        if tokens <= self.shape.direct && matches!(input.form, Form::Int8 { .. }) {
+            self.shape.tile = tokens.next_power_of_two();
+        }
         self.tokens = tokens;
         if self.input != *input {
             self.input = input.clone();
         }
         let last = tokens % self.shape.tile;
-        let padded = tokens - last + padded_tile(last).min(self.shape.tile);
+        let padded = tokens - last + padded_tile(last, self.shape.tile);
         let too_large = || {
             Error::Argument(format!(
                 "{tokens} rows of {} activations are too many",
@@ -287,7 +290,7 @@ impl Acts {
             sums: at(&self.sums, self.supers() * self.per_super() * 4).cast(),
             starts: at(&self.starts, self.supers() * self.per_super() * 4).cast(),
             tokens,
-            padded: padded_tile(tokens).min(self.shape.tile),
+            padded: padded_tile(tokens, self.shape.tile),
             per_super: self.per_super(),
         }
     }
@@ -300,6 +303,7 @@ impl SimdOp for ShapeOf {
     fn eval<S: Simd>(self, _: S) -> Shape {
         Shape {
             tile: S::TILE,
+            direct: S::DIRECT,
             pairs: S::PAIRS,
             bias: S::BIAS != 0,
         }
@@ -375,7 +379,7 @@ unsafe fn store_f32(tile: &Tile, token: usize, sup: usize, block: &[f32], inputs
 #[inline(always)]
 unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usize, block: &[f32]) {
     let inputs = a.input.inputs.next_multiple_of(CHUNK);
-    let data = tile.data;
+    let (data, fours) = (tile.data, S::RUN / 4);
     let (whole, rest) = block.as_chunks::<LANES>();
     // A difference of equal finite numbers is 0, else NaN: `odd` turns NaN with the first value that is not finite.
     let (mut peak, mut odd) = (s.splat(0.0), s.splat(0.0));
@@ -424,7 +428,8 @@ unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usiz
         let group = (sup * SUPER + j * LANES) / 4;
         for g in 0..4 {
             let four = &bytes[4 * g..4 * g + 4];
-            let at = (group + g) * tile.padded + token;
+            let (run, part) = ((group + g) / fours, (group + g) % fours);
+            let at = (run * tile.padded + token) * fours + part;
             // SAFETY: the group is below the padded inputs.
             unsafe {
                 if S::PAIRS {

@@ -16,8 +16,10 @@ use crate::norm::{load, store};
 const ITEM_BYTES: usize = 48 << 10;
 /// Items a thread should have at least.
 const ITEMS: usize = 8;
-/// Tokens from which an item is one panel: there is enough to do.
+/// Tokens from which an item is a few panels: kernels take them side by side, and there is enough to do.
 const MANY: usize = 32;
+/// Most panels of such an item.
+const SIDE_BY_SIDE: usize = 4;
 
 /// One matrix of a projection.
 #[derive(Debug)]
@@ -51,7 +53,7 @@ impl Projection {
         let matrix = &self.parts[part].matrix;
         let panels = matrix.panels();
         if tokens >= MANY {
-            return 1;
+            return (panels / (threads * ITEMS)).clamp(2, SIDE_BY_SIDE) / 2 * 2;
         }
         (ITEM_BYTES / self.parts[part].panel_bytes).clamp(1, (panels / (threads * ITEMS)).max(1))
     }

@@ -3,6 +3,8 @@
 //! Vectors are 64 bytes on every instruction set: one AVX-512 register, two of AVX2, four of NEON, an array in the scalar
 //! definition. A generic algorithm is therefore written once, and "lane" means the same everywhere.
 
+use std::ops::Range;
+
 use crate::{Isa, SimdOp};
 
 /// Lanes of an f32 or i32 vector.
@@ -75,11 +77,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const WEIGHT_BYTES: usize;
     /// True when activations are stored as i16 in the order 0, 2, 1, 3 of each four, false for i8 in order.
     const PAIRS: bool;
-    /// Tokens of a matrix-matrix tile: 4, 6 or 12.
+    /// Inputs of one token that lie together in a tile of activations: 4, or what one step of [`Simd::product`] takes.
+    const RUN: usize = 4;
+    /// Tokens of a matrix-matrix tile.
     const TILE: usize;
     /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
     const PANELS: usize;
-    /// Tokens up to which weights are best multiplied as they are decoded: 0, 2 or 4.
+    /// Tokens up to which weights are best multiplied as they are decoded: 0, 2, 4, 8 or 16. So many tokens are one tile.
     const DIRECT: usize;
 
     /// The token, if this processor has the instructions.
@@ -235,6 +239,50 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Adds, per row, the exact dot product of its four weights and the four activations. Weights count as unsigned under
     /// [`Simd::BIAS`].
     fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32;
+    /// Two neighbouring code vectors to memory, in the order [`Simd::product`] reads them.
+    ///
+    /// # Safety
+    /// As [`Simd::store_weights`], for twice the bytes.
+    #[inline(always)]
+    unsafe fn store_pair(self, w: [Self::Weights; 2], to: *mut u8) {
+        // SAFETY: as the caller says.
+        unsafe {
+            self.store_weights(w[0], to);
+            self.store_weights(w[1], to.add(Self::WEIGHT_BYTES));
+        }
+    }
+    /// The heart of a matrix-matrix tile: to `dots[p][n]` adds, per row of panel p, the exact dot product of its weights with token n
+    /// over the inputs `4 * groups.start .. 4 * groups.end`.
+    ///
+    /// `weights` are those of the first of these inputs, as [`Simd::store_pair`] wrote them; `acts` those of input 0, as
+    /// `[inputs / RUN][M][RUN]` (see [`Simd::PAIRS`]).
+    ///
+    /// # Safety
+    /// Both are readable for `groups`, which starts and ends at multiples of 4.
+    #[inline(always)]
+    unsafe fn product<const P: usize, const M: usize>(
+        self,
+        mut weights: [*const u8; P],
+        acts: *const u8,
+        groups: Range<usize>,
+        dots: &mut [[Self::I32; M]; P],
+    ) {
+        let four = if Self::PAIRS { 8 } else { 4 };
+        let mut acts = acts.wrapping_add(groups.start * four * M);
+        for _ in groups {
+            for p in 0..P {
+                // SAFETY: as the caller says.
+                let w = unsafe { self.load_weights(weights[p]) };
+                weights[p] = weights[p].wrapping_add(Self::WEIGHT_BYTES);
+                for n in 0..M {
+                    // SAFETY: as the caller says.
+                    let a = unsafe { self.acts(acts.add(n * four)) };
+                    dots[p][n] = self.dot(dots[p][n], w, a);
+                }
+            }
+            acts = acts.wrapping_add(four * M);
+        }
+    }
     /// Asks for a cache line.
     fn prefetch(self, at: *const u8);
 }

@@ -17,7 +17,7 @@ const AHEAD: usize = 3072;
 const QUARTER: usize = 4;
 
 /// Panels `panels` for the few tokens of `tile`. False when there is no such kernel: `tiles.rs` has all of them, this file those
-/// that people use (ladders up to 6 bits, tables up to 4, linear codebooks).
+/// that people use (ladders up to 7 bits, tables up to 4, linear codebooks).
 #[inline(always)]
 pub(super) fn run<S: Simd>(
     s: S,
@@ -50,11 +50,14 @@ pub(super) fn run<S: Simd>(
             }
         };
     }
+    // Blocks of 32 are what `quantize` makes.
     macro_rules! ladder {
         ($bits:literal, $block:expr) => {
-            match $block {
-                16 => direct!(LadderDecode<S, $bits, 16>, 256),
-                32 => direct!(LadderDecode<S, $bits, 32>, 256),
+            match ($block, tile.padded) {
+                (32, 8) if const { S::DIRECT >= 8 } => direct!(LadderDecode<S, $bits, 32>, 256, 8),
+                (32, 16) if const { S::DIRECT >= 16 } => direct!(LadderDecode<S, $bits, 32>, 256, 16),
+                (16, _) => direct!(LadderDecode<S, $bits, 16>, 256),
+                (32, _) => direct!(LadderDecode<S, $bits, 32>, 256),
                 _ => direct!(LadderDecode<S, $bits, 64>, 256),
             }
         };
@@ -74,6 +77,7 @@ pub(super) fn run<S: Simd>(
         (4, Method::Ladder(block)) => ladder!(4, block),
         (5, Method::Ladder(block)) => ladder!(5, block),
         (6, Method::Ladder(block)) => ladder!(6, block),
+        (7, Method::Ladder(32)) => ladder!(7, 32),
         (2, Method::Table) => blocks!(TableDecode<S, 2>),
         (3, Method::Table) => blocks!(TableDecode<S, 3>),
         (4, Method::Table) => blocks!(TableDecode<S, 4>),
@@ -197,7 +201,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D,
         // SAFETY: as the caller says.
         unsafe {
             let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
-            let four = 4 * if S::PAIRS { 2 } else { 1 };
+            let (four, fours) = (4 * if S::PAIRS { 2 } else { 1 }, S::RUN / 4);
             let acts = self.tile.data.add(chunk * CHUNK / 4 * four * M);
             let mut block = decode.block(s, layout, at, chunk, 0);
             macro_rules! vector {
@@ -211,7 +215,8 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D,
                         $g % 2
                     };
                     for n in 0..M {
-                        let a = s.acts(acts.add(($g * M + n) * four));
+                        let at = ($g / fours * M + n) * fours + $g % fours;
+                        let a = s.acts(acts.add(at * four));
                         state.chains[n][chain] = s.dot(state.chains[n][chain], w, a);
                     }
                 }};

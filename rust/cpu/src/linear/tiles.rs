@@ -44,7 +44,11 @@ pub(super) fn run<S: Simd>(
     out: Out,
 ) {
     let layout = source.layout;
-    let side_by_side = if scale.wants_sums() { 1 } else { S::PANELS };
+    let side_by_side = if scale.wants_sums() || acts.tile(0).padded > 12 {
+        1
+    } else {
+        S::PANELS
+    };
     let (slab, group) = if acts.tiles() == 1 {
         (SHORT, side_by_side)
     } else {
@@ -165,11 +169,14 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
                         if $q > 0 && $q * 16 % D::BLOCK == 0 {
                             block = decode.block(s, layout, self.panel, chunk, $q);
                         }
-                        quarter!($q * 4, 0, 1, 2, 3);
+                        quarter!($q * 4, 0, 2);
                     }};
                     ($g:expr, $($i:literal),*) => { $(
-                        let w = decode.vector::<{ $g + $i }>(s, &block, codes);
-                        s.store_weights(w, to.add(($g + $i) * S::WEIGHT_BYTES));
+                        let w = [
+                            decode.vector::<{ $g + $i }>(s, &block, codes),
+                            decode.vector::<{ $g + $i + 1 }>(s, &block, codes),
+                        ];
+                        s.store_pair(w, to.add(($g + $i) * S::WEIGHT_BYTES));
                     )* };
                 }
                 quarter!(0);
@@ -209,7 +216,9 @@ fn multiply<S: Simd>(s: S, job: Job<'_>) {
                 16 => s.run(Product::<S, 1, $m, 16>(s, job)),
                 32 => s.run(Product::<S, 1, $m, 32>(s, job)),
                 64 => s.run(Product::<S, 1, $m, 64>(s, job)),
-                _ if const { S::PANELS == 2 } => s.run(Product::<S, 2, $m, 256>(s, job)),
+                _ if const { S::PANELS == 2 && $m <= 12 } => {
+                    s.run(Product::<S, 2, $m, 256>(s, job))
+                }
                 _ => s.run(Product::<S, 1, $m, 256>(s, job)),
             }
         };
@@ -221,6 +230,7 @@ fn multiply<S: Simd>(s: S, job: Job<'_>) {
         6 if const { S::TILE >= 6 } => tokens!(6),
         8 if const { S::TILE >= 8 } => tokens!(8),
         12 if const { S::TILE >= 12 } => tokens!(12),
+        16 if const { S::DIRECT >= 16 } => tokens!(16),
         n => unreachable!("a tile of {n} tokens"),
     }
 }
@@ -258,10 +268,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                 }
             }
         }
-        let group_bytes = 4 * if S::PAIRS { 2 } else { 1 } * M;
-        let mut acts: *const u8 = tile
-            .data
-            .wrapping_add(job.supers.start * SUPER / 4 * group_bytes);
         for sup in job.supers.clone() {
             let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
             let mut input = sup * SUPER;
@@ -271,16 +277,9 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                 // SAFETY: the decoded part and the tile hold this block.
                 unsafe {
                     let mut dots = [start::<S, M>(s, tile, block, index); P];
-                    for _ in 0..groups {
-                        for p in 0..P {
-                            let w = s.load_weights(weights[p]);
-                            weights[p] = weights[p].add(S::WEIGHT_BYTES);
-                            for n in 0..M {
-                                let a = s.acts(acts.add(n * group_bytes / M));
-                                dots[p][n] = s.dot(dots[p][n], w, a);
-                            }
-                        }
-                        acts = acts.add(group_bytes);
+                    s.product(weights, tile.data, input / 4..input / 4 + groups, &mut dots);
+                    for p in 0..P {
+                        weights[p] = weights[p].add(groups * S::WEIGHT_BYTES);
                     }
                     if BLOCK == SUPER {
                         for p in 0..P {

@@ -57,7 +57,7 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
     const PAIRS: bool = false;
     const TILE: usize = 12;
     const PANELS: usize = 2;
-    const DIRECT: usize = 4;
+    const DIRECT: usize = 16;
 
     fn new() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f")

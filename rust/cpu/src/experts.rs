@@ -1,5 +1,7 @@
 //! Mixtures of experts: only chosen experts are computed, each for all of its tokens at once.
 
+use std::ops::Range;
+
 use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch, math};
 use kbit_tensor::program::Routing;
 
@@ -31,7 +33,7 @@ pub(crate) struct Routes {
     /// Token of each slot.
     pub(crate) tokens: Vec<usize>,
     /// Experts with tokens, and their first slot; ends with (number of experts, number of slots).
-    pub(crate) active: Vec<(usize, usize)>,
+    active: Vec<(usize, usize)>,
     /// Scratch.
     experts: Vec<usize>,
     order: Vec<usize>,
@@ -98,8 +100,14 @@ impl Routes {
     }
 
     /// Experts with tokens: (expert, its slots).
-    pub(crate) fn active(&self) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> + '_ {
+    pub(crate) fn active(&self) -> impl ExactSizeIterator<Item = (usize, Range<usize>)> + '_ {
         self.active.windows(2).map(|w| (w[0].0, w[0].1..w[1].1))
+    }
+
+    /// The `i`-th of them.
+    pub(crate) fn slots(&self, i: usize) -> (usize, Range<usize>) {
+        let (expert, first) = self.active[i];
+        (expert, first..self.active[i + 1].1)
     }
 }
 

@@ -1,11 +1,11 @@
 //! The CPU device: one file an operation, one thread pool.
 //!
 //! ```text
-//! Cpu::prepare ── prepare.rs   weights bound to operations
+//! Cpu::prepare ── prepare.rs   weights bound to operations (op.rs)
 //!              └─ plan.rs      order of work, a barrier only where it is needed
 //! CpuRunner::run (runner.rs)   checks, passes of bounded size
 //!   └─ pool.rs                 one fork and join a pass
-//!        └─ step.rs            what each thread does for each unit of work
+//!        └─ step/              what each thread does for each unit of work
 //!             ├─ embed.rs norm.rs rope.rs attention/ experts.rs head.rs
 //!             └─ project.rs    matrices with their epilogue (activation.rs) ── linear/, acts.rs
 //! cache.rs                     pages of keys and values
@@ -31,6 +31,7 @@ pub mod limits;
 pub mod linear;
 mod matmul;
 mod norm;
+mod op;
 mod plan;
 mod pool;
 mod prepare;

@@ -5,19 +5,22 @@
 //! shared out.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use crate::prepare::{Model, Op};
+use crate::op::{AddOp, AttentionOp, EmbedOp, ExpertsOp, HeadOp, HiddenOp, LinearOp, NormOp, Op};
+use crate::prepare::Model;
 
 /// Tokens of a pass up to which [`Plan::few`] is used.
 pub(crate) const FEW: usize = 4;
 
-/// A unit between barriers; numbers are indices of operations unless they say otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A unit between barriers, with the operation that it is a part of; numbers of activations index
+/// [`Model::acts`](crate::prepare::Model).
+#[derive(Clone, Debug)]
 pub(crate) enum Work {
-    Embed(usize),
-    Norm(usize),
+    Embed(Arc<EmbedOp>),
+    Norm(Arc<NormOp>),
     /// Into this thread's own rows of the output buffer.
-    OwnNorm(usize),
+    OwnNorm(Arc<NormOp>),
     /// Names the layout of shared activations (of that number) anew, on one thread.
     Shape(usize),
     /// Fills shared activations (of that number).
@@ -27,32 +30,42 @@ pub(crate) enum Work {
         acts: usize,
         own: bool,
     },
-    Linear(usize),
+    Linear(Arc<LinearOp>),
     /// Rotates and appends.
-    Rotate(usize),
-    Attend(usize),
-    Add(usize),
-    Router(usize),
-    /// Every thread for itself.
-    Route(usize),
-    /// Activations of experts, and so on.
-    ExpertsFill(usize),
-    ExpertsUp(usize),
-    ExpertsFillInner(usize),
-    ExpertsDown(usize),
-    ExpertsSum(usize),
-    Hidden(usize),
-    /// Rows that want logits, side by side.
-    Gather(usize),
+    Rotate(Arc<AttentionOp>),
+    Attend(Arc<AttentionOp>),
+    Add(AddOp),
+    Experts(ExpertsPart, Arc<ExpertsOp>),
+    Hidden(HiddenOp),
+    /// Rows of buffer `x` that want logits, side by side.
+    Gather {
+        x: usize,
+    },
+    /// The same into this thread's own rows, from its own rows or from shared ones.
     OwnGather {
-        at: usize,
+        x: usize,
         own: bool,
     },
-    Head(usize),
+    Head(Arc<HeadOp>),
+}
+
+/// Units of a mixture, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ExpertsPart {
+    Router,
+    /// Every thread for itself.
+    Route,
+    /// Activations of the experts with tokens, from rows of x.
+    Fill,
+    Up,
+    /// The same from rows between up and down.
+    FillInner,
+    Down,
+    Sum,
 }
 
 /// One unit and whether all threads must have finished what came before.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Step {
     pub(crate) barrier: bool,
     pub(crate) work: Work,
@@ -126,8 +139,8 @@ impl<'a> Planner<'a> {
     }
 
     fn plan(mut self) -> Plan {
-        for at in 0..self.model.ops.len() {
-            self.op(at);
+        for (at, op) in self.model.ops.iter().enumerate() {
+            self.op(at, op);
         }
         Plan {
             steps: self.steps,
@@ -135,84 +148,83 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn op(&mut self, at: usize) {
-        use Thing::{Buffer, Cache, ExpertActs};
+    fn op(&mut self, at: usize, op: &Op) {
+        use Thing::{Buffer, Cache};
         let m = self.model;
-        match &m.ops[at] {
-            Op::Embed { out, .. } => self.push(Work::Embed(at), &[], &[Buffer(*out)]),
-            Op::Norm { x, out, .. } => {
-                if self.few && self.read_by_matrices_only(at, *out) {
-                    self.push(Work::OwnNorm(at), &[Buffer(*x)], &[]);
-                    self.changed(*out);
-                    self.own[*out] = true;
+        match op {
+            Op::Embed(op) => self.push(Work::Embed(op.clone()), &[], &[Buffer(op.out)]),
+            Op::Norm(op) => {
+                let (x, out) = (Buffer(op.x), Buffer(op.out));
+                let own = self.few && self.read_by_matrices_only(at, op.out);
+                if own {
+                    self.push(Work::OwnNorm(op.clone()), &[x], &[]);
                 } else {
-                    self.push(Work::Norm(at), &[Buffer(*x)], &[Buffer(*out)]);
-                    self.changed(*out);
+                    self.push(Work::Norm(op.clone()), &[x], &[out]);
                 }
+                self.changed(op.out);
+                self.own[op.out] = own;
             }
-            Op::Linear { x, projection, out } => {
+            Op::Linear(op) => {
                 let mut read = Vec::new();
-                for part in &projection.parts {
-                    read.extend(self.fill(part.acts, *x));
+                for part in &op.projection.parts {
+                    read.extend(self.fill(part.acts, op.x));
                 }
-                self.push(Work::Linear(at), &read, &[Buffer(*out)]);
-                self.changed(*out);
+                self.push(Work::Linear(op.clone()), &read, &[Buffer(op.out)]);
+                self.changed(op.out);
             }
-            Op::Attention { qkv, out, .. } => {
+            Op::Attention(op) => {
+                let (qkv, out) = (Buffer(op.qkv), Buffer(op.out));
                 if !self.few {
-                    self.push(Work::Rotate(at), &[], &[Buffer(*qkv), Cache]);
+                    self.push(Work::Rotate(op.clone()), &[], &[qkv, Cache]);
                 }
-                self.push(Work::Attend(at), &[Buffer(*qkv)], &[Buffer(*out), Cache]);
-                self.changed(*qkv);
-                self.changed(*out);
+                self.push(Work::Attend(op.clone()), &[qkv], &[out, Cache]);
+                self.changed(op.qkv);
+                self.changed(op.out);
             }
-            Op::Add { x, into, .. } => {
-                self.push(Work::Add(at), &[Buffer(*x)], &[Buffer(*into)]);
-                self.changed(*into);
+            Op::Add(op) => {
+                self.push(Work::Add(*op), &[Buffer(op.x)], &[Buffer(op.into)]);
+                self.changed(op.into);
             }
-            Op::Experts { x, experts, into } => {
-                let read = self.fill(experts.router.parts[0].acts, *x);
-                self.push(Work::Router(at), &read, &[Buffer(m.router)]);
-                self.push(Work::Route(at), &[Buffer(m.router)], &[]);
-                self.push(Work::ExpertsFill(at), &[Buffer(*x)], &[ExpertActs]);
-                self.push(Work::ExpertsUp(at), &[ExpertActs], &[Buffer(m.inner)]);
-                self.push(
-                    Work::ExpertsFillInner(at),
-                    &[Buffer(m.inner)],
-                    &[ExpertActs],
-                );
-                self.push(Work::ExpertsDown(at), &[ExpertActs], &[Buffer(m.outer)]);
-                self.push(Work::ExpertsSum(at), &[Buffer(m.outer)], &[Buffer(*into)]);
-                self.changed(*into);
-            }
-            Op::Hidden { x, .. } => {
+            Op::Experts(op) => self.experts(op),
+            Op::Hidden(op) => {
                 // Only passes of the other plan hand out hidden states.
                 if !self.few {
-                    self.push(Work::Hidden(at), &[Buffer(*x)], &[]);
+                    self.push(Work::Hidden(*op), &[Buffer(op.x)], &[]);
                 }
             }
-            Op::Head { x, head } => {
-                let from = Buffer(*x);
+            Op::Head(op) => {
+                let (x, from) = (op.x, Buffer(op.x));
                 if self.few {
-                    let own = self.own[*x];
-                    self.push(
-                        Work::OwnGather { at, own },
-                        if own {
-                            &[]
-                        } else {
-                            std::slice::from_ref(&from)
-                        },
-                        &[],
-                    );
+                    let own = self.own[x];
+                    self.push(Work::OwnGather { x, own }, shared(&from, own), &[]);
                 } else {
-                    self.push(Work::Gather(at), &[from], &[Buffer(m.head_rows)]);
+                    self.push(Work::Gather { x }, &[from], &[Buffer(m.head_rows)]);
                 }
                 self.changed(m.head_rows);
                 self.own[m.head_rows] = self.few;
-                let read = self.fill(head.projection.parts[0].acts, m.head_rows);
-                self.push(Work::Head(at), &read, &[]);
+                let read = self.fill(op.head.projection.parts[0].acts, m.head_rows);
+                self.push(Work::Head(op.clone()), &read, &[]);
             }
         }
+    }
+
+    fn experts(&mut self, op: &Arc<ExpertsOp>) {
+        use Thing::{Buffer, ExpertActs};
+        let m = self.model;
+        let (router, inner, outer) = (Buffer(m.router), Buffer(m.inner), Buffer(m.outer));
+        let (x, into) = (Buffer(op.x), Buffer(op.into));
+        let read = self.fill(op.experts.router.parts[0].acts, op.x);
+        let mut push = |part, reads: &[Thing], writes: &[Thing]| {
+            self.push(Work::Experts(part, op.clone()), reads, writes);
+        };
+        push(ExpertsPart::Router, &read, &[router]);
+        push(ExpertsPart::Route, &[router], &[]);
+        push(ExpertsPart::Fill, &[x], &[ExpertActs]);
+        push(ExpertsPart::Up, &[ExpertActs], &[inner]);
+        push(ExpertsPart::FillInner, &[inner], &[ExpertActs]);
+        push(ExpertsPart::Down, &[ExpertActs], &[outer]);
+        push(ExpertsPart::Sum, &[outer], &[into]);
+        self.changed(op.into);
     }
 
     /// Makes sure that activations are filled; what reading them reads.
@@ -221,15 +233,7 @@ impl<'a> Planner<'a> {
         if self.few {
             if !std::mem::replace(&mut self.filled[acts], true) {
                 let (own, from) = (self.own[x], Thing::Buffer(x));
-                self.push(
-                    Work::OwnFill { acts, own },
-                    if own {
-                        &[]
-                    } else {
-                        std::slice::from_ref(&from)
-                    },
-                    &[],
-                );
+                self.push(Work::OwnFill { acts, own }, shared(&from, own), &[]);
                 self.others_lost(acts);
             }
             return Vec::new();
@@ -272,23 +276,20 @@ impl<'a> Planner<'a> {
     fn read_by_matrices_only(&self, at: usize, buffer: usize) -> bool {
         for op in &self.model.ops[at + 1..] {
             let (other_reads, writes) = match op {
-                Op::Embed { out, .. } => (false, *out == buffer),
-                Op::Norm { x, out, .. } => (*x == buffer, *out == buffer),
-                Op::Linear {
-                    projection, out, ..
-                } => {
+                Op::Embed(op) => (false, op.out == buffer),
+                Op::Norm(op) => (op.x == buffer, op.out == buffer),
+                Op::Linear(op) => {
                     let adds = matches!(
-                        projection.epilogue,
+                        op.projection.epilogue,
                         kbit_tensor::program::Epilogue::AddTo { .. }
                     );
-                    (adds && *out == buffer, *out == buffer)
+                    (adds && op.out == buffer, op.out == buffer)
                 }
-                Op::Attention { qkv, out, .. } => (*qkv == buffer, *out == buffer),
+                Op::Attention(op) => (op.qkv == buffer, op.out == buffer),
+                Op::Add(op) => (op.x == buffer || op.into == buffer, false),
                 // Experts gather rows of x from the shared buffer.
-                Op::Add { x, into, .. } | Op::Experts { x, into, .. } => {
-                    (*x == buffer || *into == buffer, false)
-                }
-                Op::Hidden { .. } | Op::Head { .. } => (false, false),
+                Op::Experts(op) => (op.x == buffer || op.into == buffer, false),
+                Op::Hidden(_) | Op::Head(_) => (false, false),
             };
             if other_reads {
                 return false;
@@ -316,6 +317,11 @@ impl<'a> Planner<'a> {
         self.loops += 1;
         self.steps.push(Step { barrier, work });
     }
+}
+
+/// What a unit reads: nothing that threads share where every thread has its own rows.
+fn shared(from: &Thing, own: bool) -> &[Thing] {
+    if own { &[] } else { std::slice::from_ref(from) }
 }
 
 #[cfg(test)]

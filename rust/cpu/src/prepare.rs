@@ -15,51 +15,8 @@ use crate::experts::{Expert, Experts};
 use crate::head::Head;
 use crate::linear::Matrix;
 use crate::norm::Norm;
+use crate::op::{AddOp, AttentionOp, EmbedOp, ExpertsOp, HeadOp, HiddenOp, LinearOp, NormOp, Op};
 use crate::project::{Part, Projection};
-
-/// An operation. Buffers are indices; those of the program come first, then the device's own.
-#[derive(Debug)]
-pub(crate) enum Op {
-    Embed {
-        embed: Embed,
-        out: usize,
-    },
-    Norm {
-        x: usize,
-        norm: Norm,
-        out: usize,
-    },
-    Linear {
-        x: usize,
-        projection: Projection,
-        out: usize,
-    },
-    /// Rotation, appending and attention.
-    Attention {
-        qkv: usize,
-        rotation: Rotation,
-        attention: Attention,
-        out: usize,
-    },
-    Add {
-        x: usize,
-        scale: f32,
-        into: usize,
-    },
-    Experts {
-        x: usize,
-        experts: Experts,
-        into: usize,
-    },
-    Hidden {
-        x: usize,
-        index: usize,
-    },
-    Head {
-        x: usize,
-        head: Head,
-    },
-}
 
 /// Input rows in the form that some matrices want.
 #[derive(Debug)]
@@ -156,30 +113,30 @@ impl Binder<'_> {
             } => {
                 let positions =
                     positions.map(|(table, offset)| (self.weight(table).clone(), offset));
-                Op::Embed {
+                Op::Embed(Arc::new(EmbedOp {
                     embed: Embed {
                         table: self.weight(*table).clone(),
                         scale: *scale,
                         positions,
                     },
                     out: id(*out),
-                }
+                }))
             }
-            program::Op::Norm { x, norm, out } => Op::Norm {
+            program::Op::Norm { x, norm, out } => Op::Norm(Arc::new(NormOp {
                 x: id(*x),
                 norm: self.norm(norm),
                 out: id(*out),
-            },
+            })),
             program::Op::Linear {
                 x,
                 parts,
                 epilogue,
                 out,
-            } => Op::Linear {
+            } => Op::Linear(Arc::new(LinearOp {
                 x: id(*x),
                 projection: self.projection(id(*x), parts, *epilogue)?,
                 out: id(*out),
-            },
+            })),
             program::Op::RopeAppend {
                 qkv,
                 layer,
@@ -224,12 +181,12 @@ impl Binder<'_> {
                         k_norm: k_norm.as_ref().map(|n| self.norm(n)),
                         clip: *clip,
                     };
-                    Op::Attention {
+                    Op::Attention(Arc::new(AttentionOp {
                         qkv: id(*qkv),
                         rotation,
                         attention,
                         out: id(*out),
-                    }
+                    }))
                 }
                 _ => {
                     return Err(Error::Unsupported(format!(
@@ -242,11 +199,11 @@ impl Binder<'_> {
                     "cpu: attention of layer {layer} without rotation before it"
                 )));
             }
-            program::Op::Add { x, scale, into } => Op::Add {
+            program::Op::Add { x, scale, into } => Op::Add(AddOp {
                 x: id(*x),
                 scale: *scale,
                 into: id(*into),
-            },
+            }),
             program::Op::Experts {
                 x,
                 router,
@@ -281,18 +238,18 @@ impl Binder<'_> {
                     routing: *routing,
                     scale: *scale,
                 };
-                Op::Experts {
+                Op::Experts(Arc::new(ExpertsOp {
                     x: id(*x),
                     experts,
                     into: id(*into),
-                }
+                }))
             }
             program::Op::Hidden { x } => {
                 self.model.hidden += 1;
-                Op::Hidden {
+                Op::Hidden(HiddenOp {
                     x: id(*x),
                     index: self.model.hidden - 1,
-                }
+                })
             }
             program::Op::Head {
                 x,
@@ -302,14 +259,14 @@ impl Binder<'_> {
             } => {
                 let projection =
                     self.projection(self.model.head_rows, &[*linear], Epilogue::Store)?;
-                Op::Head {
+                Op::Head(Arc::new(HeadOp {
                     x: id(*x),
                     head: Head {
                         projection,
                         scale: *scale,
                         softcap: *softcap,
                     },
-                }
+                }))
             }
         })
     }

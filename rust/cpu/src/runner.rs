@@ -14,9 +14,10 @@ use crate::attention::{Attention, View, WeightsOut, Work};
 use crate::buffers::{Cells, Rows};
 use crate::cache::{Cache, HeadLayout};
 use crate::head::Best;
+use crate::op::Op;
 use crate::plan::{FEW, Plan};
 use crate::pool;
-use crate::prepare::{Model, Op};
+use crate::prepare::Model;
 use crate::project::Target;
 use crate::rope::Tables;
 use crate::step::{Memory, Own, Pass};
@@ -205,20 +206,12 @@ impl CpuRunner {
             batch.iter().map(|p| p.ids.len()).sum(),
         );
         let mut result = Output::default();
-        if want.logits
-            && self
-                .model
-                .ops
-                .iter()
-                .any(|op| matches!(op, Op::Head { .. }))
-        {
+        if want.logits && self.has_head() {
             result.logits = zeros(&[rows, self.program.vocab_size])?;
         }
         if want.hidden {
-            for op in &self.model.ops {
-                if let Op::Hidden { x, .. } = op {
-                    result.hidden.push(zeros(&[tokens, self.model.widths[*x]])?);
-                }
+            for width in self.hidden_widths() {
+                result.hidden.push(zeros(&[tokens, width])?);
             }
         }
         if want.attentions {
@@ -331,12 +324,7 @@ impl CpuRunner {
             return Err(error);
         }
         result?;
-        if self
-            .model
-            .ops
-            .iter()
-            .any(|op| matches!(op, Op::Head { .. }))
-        {
+        if self.has_head() {
             for row in 0..rows.len() {
                 let best =
                     (0..threads).filter_map(|t| self.memory.own.own(t).best.get(row).copied());
@@ -350,10 +338,14 @@ impl CpuRunner {
         Ok(())
     }
 
+    fn has_head(&self) -> bool {
+        self.model.ops.iter().any(|op| matches!(op, Op::Head(_)))
+    }
+
     fn hidden_widths(&self) -> impl Iterator<Item = usize> {
         self.model.ops.iter().filter_map(|op| {
-            if let Op::Hidden { x, .. } = op {
-                Some(self.model.widths[*x])
+            if let Op::Hidden(hidden) = op {
+                Some(self.model.widths[hidden.x])
             } else {
                 None
             }
@@ -367,9 +359,10 @@ impl CpuRunner {
             layers: vec![0; self.program.cache.len()],
         };
         for op in &self.model.ops {
-            let Op::Attention { attention, .. } = op else {
+            let Op::Attention(op) = op else {
                 continue;
             };
+            let attention = &op.attention;
             let shape = (
                 attention.q_heads,
                 attention.kv_heads,

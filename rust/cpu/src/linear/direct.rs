@@ -16,6 +16,17 @@ const AHEAD: usize = 3072;
 /// Code vectors of a quarter chunk: 16 inputs, the smallest block.
 const QUARTER: usize = 4;
 
+/// Runs `$body` with `$g` as the number of each code vector of a chunk, a constant.
+macro_rules! vectors {
+    ($g:ident => $body:block) => {
+        vectors!($g => $body; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    };
+    ($g:ident => $body:block; $($i:literal)*) => { $({
+        const $g: usize = $i;
+        $body
+    })* };
+}
+
 /// Panels `panels` for the few tokens of `tile`. False when there is no such kernel: `tiles.rs` has all of them, this file those
 /// that people use (ladders up to 7 bits, tables up to 4, linear codebooks).
 #[inline(always)]
@@ -28,46 +39,63 @@ pub(super) fn run<S: Simd>(
     panels: Range<usize>,
     out: Out,
 ) -> bool {
-    macro_rules! direct {
-        ($D:ty, $block:literal, $m:literal) => {
-            s.run(Direct::<S, $D, $block, $m> {
-                s,
-                decoder,
-                source,
-                scale,
-                tile,
-                panels,
-                out,
-                kind: PhantomData,
-            })
+    let job = Job {
+        decoder,
+        source,
+        scale,
+        tile,
+        panels,
+        out,
+    };
+    // The last constant is the number of tokens, the one before it that of chains or inputs of a block.
+    macro_rules! run {
+        ($Kernel:ident, $D:ty, $of:expr, $m:literal) => {
+            s.run($Kernel::<S, $D, { $of }, $m>(s, job, PhantomData))
         };
-        ($D:ty, $block:literal) => {
+    }
+    macro_rules! wide {
+        ($D:ty) => {
             match tile.padded {
-                1 => direct!($D, $block, 1),
-                2 => direct!($D, $block, 2),
-                4 if const { S::DIRECT >= 4 } => direct!($D, $block, 4),
+                1 => run!(Wide, $D, 4, 1),
+                2 => run!(Wide, $D, 2, 2),
+                4 if const { S::DIRECT >= 4 } => run!(Wide, $D, 1, 4),
                 _ => return false,
             }
         };
     }
-    // Blocks of 32 are what `quantize` makes.
     macro_rules! ladder {
         ($bits:literal, $block:expr) => {
             match ($block, tile.padded) {
-                (32, 8) if const { S::DIRECT >= 8 } => direct!(LadderDecode<S, $bits, 32>, 256, 8),
-                (32, 16) if const { S::DIRECT >= 16 } => direct!(LadderDecode<S, $bits, 32>, 256, 16),
-                (16, _) => direct!(LadderDecode<S, $bits, 16>, 256),
-                (32, _) => direct!(LadderDecode<S, $bits, 32>, 256),
-                _ => direct!(LadderDecode<S, $bits, 64>, 256),
+                // More tokens only with the blocks that `quantize` makes.
+                (32, 8) if const { S::DIRECT >= 8 } => {
+                    run!(Wide, LadderDecode<S, $bits, 32>, 1, 8);
+                }
+                (32, 16) if const { S::DIRECT >= 16 } => {
+                    run!(Wide, LadderDecode<S, $bits, 32>, 1, 16);
+                }
+                (16, _) => wide!(LadderDecode<S, $bits, 16>),
+                (32, _) => wide!(LadderDecode<S, $bits, 32>),
+                _ => wide!(LadderDecode<S, $bits, 64>),
+            }
+        };
+    }
+    macro_rules! block {
+        ($D:ty, $block:literal) => {
+            match tile.padded {
+                1 => run!(Blocks, $D, $block, 1),
+                2 => run!(Blocks, $D, $block, 2),
+                4 if const { S::DIRECT >= 4 } => run!(Blocks, $D, $block, 4),
+                _ => return false,
             }
         };
     }
     macro_rules! blocks {
         ($D:ty) => {
             match scale.block {
-                16 => direct!($D, 16),
-                32 => direct!($D, 32),
-                _ => direct!($D, 64),
+                16 => block!($D, 16),
+                32 => block!($D, 32),
+                SUPER => wide!($D),
+                _ => block!($D, 64),
             }
         };
     }
@@ -90,97 +118,201 @@ pub(super) fn run<S: Simd>(
     true
 }
 
-struct Direct<'a, S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> {
-    s: S,
+/// What a kernel works on.
+struct Job<'a> {
     decoder: &'a Decoder,
     source: &'a Panels<'a>,
     scale: &'a Scale,
     tile: &'a Tile,
     panels: Range<usize>,
     out: Out,
-    kind: PhantomData<D>,
 }
 
-/// State within a panel.
-struct State<S: Simd, const M: usize> {
-    y: [S::F32; M],
-    /// Partial sums of the block; several, so that the next dot product need not wait for the last.
-    chains: [[S::I32; 4]; M],
-    /// Of the blocks of a super-block.
-    dots: [[S::I32; M]; BLOCKS],
+/// The next codes to ask for.
+struct Ahead {
+    at: *const u8,
+    /// Lines of a chunk of codes.
+    codes: usize,
+    /// Lines before the codes of a panel, spread evenly over its chunks.
+    extra: usize,
 }
 
-impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
-    for Direct<'_, S, D, BLOCK, M>
+impl Ahead {
+    #[inline(always)]
+    fn new<S: Simd, D: Decode<S>>(layout: &KLayout, panel: *const u8) -> Self {
+        Self {
+            at: panel.wrapping_add(AHEAD),
+            codes: 2 * D::BITS,
+            extra: layout.codes_at.div_ceil(64).div_ceil(layout.chunks),
+        }
+    }
+
+    /// Before a chunk.
+    #[inline(always)]
+    fn chunk<S: Simd>(&mut self, s: S) {
+        for _ in 0..self.codes {
+            s.prefetch(self.at);
+            self.at = self.at.wrapping_add(64);
+        }
+        for _ in 0..self.extra {
+            s.prefetch(self.at);
+            self.at = self.at.wrapping_add(64);
+        }
+    }
+}
+
+/// Activations of token `n` of `tokens` for code vector `g` of the chunk that starts at `acts`.
+///
+/// # Safety
+/// `acts` is a chunk of a tile of `tokens`.
+#[inline(always)]
+unsafe fn activations<S: Simd>(
+    s: S,
+    acts: *const u8,
+    g: usize,
+    n: usize,
+    tokens: usize,
+) -> S::Acts {
+    let fours = S::RUN / 4;
+    let at = (g / fours * tokens + n) * fours + g % fours;
+    // SAFETY: as the caller says.
+    unsafe { s.acts(acts.add(at * four::<S>())) }
+}
+
+/// Bytes of four activations.
+const fn four<S: Simd>() -> usize {
+    if S::PAIRS { 8 } else { 4 }
+}
+
+/// One scale per 256 inputs: the sums of a super-block stay in registers, several a token (`CHAINS`) where that hides the latency of the dot product.
+struct Wide<'a, S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize>(
+    S,
+    Job<'a>,
+    PhantomData<D>,
+);
+
+impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
+    for Wide<'_, S, D, CHAINS, M>
 {
     type Output = ();
     #[inline(always)]
     fn eval<T: Simd>(self, _: T) {
-        let s = self.s;
-        let layout = self.source.layout;
-        let decode = D::new(s, self.decoder);
-        let chunk_bytes = D::BITS * 128;
-        // What lies before the codes of a panel is asked for evenly over its chunks.
-        let extra = layout.codes_at.div_ceil(64).div_ceil(layout.chunks);
-        for panel in self.panels.clone() {
-            let at = self.source.at(panel);
-            let mut ahead = at.wrapping_add(AHEAD);
-            let zero = s.splat_i32(0);
-            let mut state = State {
-                y: [s.splat(0.0); M],
-                chains: [[zero; 4]; M],
-                dots: [[zero; M]; BLOCKS],
-            };
+        let Self(s, job, _) = self;
+        let (layout, tile) = (job.source.layout, job.tile);
+        let decode = D::new(s, job.decoder);
+        for panel in job.panels {
+            let at = job.source.at(panel);
+            let mut ahead = Ahead::new::<S, D>(layout, at);
+            let mut y = [s.splat(0.0); M];
             for sup in 0..layout.supers {
+                // SAFETY: the tile was made for the inputs of the matrix.
+                let start = unsafe { start::<S, M>(s, tile, SUPER, sup) };
+                let mut chains = [[s.splat_i32(0); M]; CHAINS];
+                chains[0] = start;
                 for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
-                    for line in 0..2 * D::BITS {
-                        s.prefetch(ahead.wrapping_add(line * 64));
-                    }
-                    ahead = ahead.wrapping_add(chunk_bytes);
-                    for _ in 0..extra {
-                        s.prefetch(ahead);
-                        ahead = ahead.wrapping_add(64);
-                    }
-                    // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
-                    unsafe { self.chunk(&decode, layout, at, chunk, &mut state) }
-                }
-                if BLOCK == SUPER {
-                    // SAFETY: as above.
+                    ahead.chunk(s);
+                    // SAFETY: panel and chunk are in the matrix and the tile.
                     unsafe {
-                        settle_wide(s, layout, at, self.tile, sup, &state.dots[0], &mut state.y);
+                        let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
+                        let acts = tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
+                        let mut block = decode.block(s, layout, at, chunk, 0);
+                        vectors!(G => {
+                            if G > 0 && G * 4 % D::BLOCK == 0 {
+                                block = decode.block(s, layout, at, chunk, G / QUARTER);
+                            }
+                            let w = decode.vector::<{ G }>(s, &block, codes);
+                            let chain = &mut chains[G % CHAINS];
+                            for n in 0..M {
+                                let a = activations(s, acts, G, n, M);
+                                chain[n] = s.dot(chain[n], w, a);
+                            }
+                        });
                     }
-                } else {
-                    let (scale, tile, dots) = (self.scale, self.tile, state.dots.as_flattened());
-                    s.run(Settle {
-                        s,
-                        scale,
-                        layout,
-                        panel: at,
-                        tile,
-                        sup,
-                        dots,
-                        y: &mut state.y,
-                    });
                 }
+                for c in 1..CHAINS {
+                    for n in 0..M {
+                        chains[0][n] = s.add_i32(chains[0][n], chains[c][n]);
+                    }
+                }
+                // SAFETY: as above.
+                unsafe { settle_wide(s, layout, at, tile, sup, &chains[0], &mut y) }
             }
-            for n in 0..self.tile.tokens.min(M) {
+            for n in 0..tile.tokens.min(M) {
                 // SAFETY: `Matrix::run` has this part of the output to itself.
-                s.store_part(state.y[n], unsafe { self.out.part(n, panel) });
+                s.store_part(y[n], unsafe { job.out.part(n, panel) });
             }
         }
     }
 }
 
-impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D, BLOCK, M> {
+/// One scale a block of 16, 32 or at least 64 inputs (`BLOCK`).
+struct Blocks<'a, S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize>(
+    S,
+    Job<'a>,
+    PhantomData<D>,
+);
+
+/// State within a panel.
+struct State<S: Simd, const M: usize> {
+    y: [S::F32; M],
+    /// Partial sums of the block; two, so that the next dot product of one token need not wait for the last.
+    chains: [[S::I32; 2]; M],
+    /// Of the blocks of a super-block.
+    dots: [[S::I32; M]; BLOCKS],
+}
+
+impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
+    for Blocks<'_, S, D, BLOCK, M>
+{
+    type Output = ();
+    #[inline(always)]
+    fn eval<T: Simd>(self, _: T) {
+        let (s, job) = (self.0, &self.1);
+        let (layout, tile) = (job.source.layout, job.tile);
+        let decode = D::new(s, job.decoder);
+        for panel in job.panels.clone() {
+            let at = job.source.at(panel);
+            let mut ahead = Ahead::new::<S, D>(layout, at);
+            let zero = s.splat_i32(0);
+            let mut state = State {
+                y: [s.splat(0.0); M],
+                chains: [[zero; 2]; M],
+                dots: [[zero; M]; BLOCKS],
+            };
+            for sup in 0..layout.supers {
+                for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
+                    ahead.chunk(s);
+                    // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
+                    unsafe { self.chunk(&decode, layout, at, chunk, &mut state) }
+                }
+                let (scale, dots) = (job.scale, state.dots.as_flattened());
+                s.run(Settle {
+                    s,
+                    scale,
+                    layout,
+                    panel: at,
+                    tile,
+                    sup,
+                    dots,
+                    y: &mut state.y,
+                });
+            }
+            for n in 0..tile.tokens.min(M) {
+                // SAFETY: `Matrix::run` has this part of the output to itself.
+                s.store_part(state.y[n], unsafe { job.out.part(n, panel) });
+            }
+        }
+    }
+}
+
+impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D, BLOCK, M> {
     /// Inputs of a block.
     #[inline(always)]
     fn block(&self) -> usize {
         if BLOCK < 64 {
             BLOCK
-        } else if BLOCK == SUPER {
-            SUPER
         } else {
-            self.scale.block
+            self.1.scale.block
         }
     }
 
@@ -197,68 +329,46 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D,
         chunk: usize,
         state: &mut State<S, M>,
     ) {
-        let s = self.s;
+        let s = self.0;
         // SAFETY: as the caller says.
         unsafe {
             let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
-            let (four, fours) = (4 * if S::PAIRS { 2 } else { 1 }, S::RUN / 4);
-            let acts = self.tile.data.add(chunk * CHUNK / 4 * four * M);
+            let acts = self.1.tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
             let mut block = decode.block(s, layout, at, chunk, 0);
-            macro_rules! vector {
-                ($g:expr) => {{
-                    let w = decode.vector::<{ $g }>(s, &block, codes);
-                    let chain = if M > 1 {
-                        0
-                    } else if BLOCK == SUPER {
-                        $g % 4
-                    } else {
-                        $g % 2
-                    };
-                    for n in 0..M {
-                        let at = ($g / fours * M + n) * fours + $g % fours;
-                        let a = s.acts(acts.add(at * four));
-                        state.chains[n][chain] = s.dot(state.chains[n][chain], w, a);
-                    }
-                }};
-            }
-            macro_rules! quarter {
-                ($q:literal) => {{
-                    if $q > 0 && $q * 16 % D::BLOCK == 0 {
-                        block = decode.block(s, layout, at, chunk, $q);
-                    }
-                    if $q * 16 % BLOCK.min(64) == 0 {
-                        self.begin(state, chunk, $q);
-                    }
-                    vector!($q * QUARTER);
-                    vector!($q * QUARTER + 1);
-                    vector!($q * QUARTER + 2);
-                    vector!($q * QUARTER + 3);
-                    if ($q + 1) * 16 % BLOCK.min(64) == 0 {
-                        self.end(layout, state, chunk, $q);
-                    }
-                }};
-            }
-            quarter!(0);
-            quarter!(1);
-            quarter!(2);
-            quarter!(3);
+            vectors!(G => {
+                if G > 0 && G * 4 % D::BLOCK == 0 {
+                    block = decode.block(s, layout, at, chunk, G / QUARTER);
+                }
+                if G * 4 % BLOCK == 0 {
+                    self.begin(state, chunk, G / QUARTER);
+                }
+                let w = decode.vector::<{ G }>(s, &block, codes);
+                let chain = if M > 1 { 0 } else { G % 2 };
+                for n in 0..M {
+                    let a = activations(s, acts, G, n, M);
+                    state.chains[n][chain] = s.dot(state.chains[n][chain], w, a);
+                }
+                if (G + 1) * 4 % BLOCK == 0 {
+                    self.end(layout, state, chunk, G / QUARTER);
+                }
+            });
         }
     }
 
     /// Before a quarter: starts the sums of a block, if one begins here.
     ///
     /// # Safety
-    /// As [`Direct::chunk`].
+    /// As [`Blocks::chunk`].
     #[inline(always)]
     unsafe fn begin(&self, state: &mut State<S, M>, chunk: usize, quarter: usize) {
         let input = chunk * CHUNK + quarter * 16;
         if BLOCK <= 32 || input.is_multiple_of(self.block()) {
-            let zero = self.s.splat_i32(0);
+            let zero = self.0.splat_i32(0);
             // SAFETY: as the caller says.
             let start =
-                unsafe { start::<S, M>(self.s, self.tile, self.block(), input / self.block()) };
+                unsafe { start::<S, M>(self.0, self.1.tile, self.block(), input / self.block()) };
             for n in 0..M {
-                state.chains[n] = [start[n], zero, zero, zero];
+                state.chains[n] = [start[n], zero];
             }
         }
     }
@@ -266,18 +376,12 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Direct<'_, S, D,
     /// After a quarter: keeps the sums of a block, if one ends here.
     #[inline(always)]
     fn end(&self, layout: &KLayout, state: &mut State<S, M>, chunk: usize, quarter: usize) {
-        let (s, next) = (self.s, chunk * CHUNK + quarter * 16 + 16);
+        let (s, next) = (self.0, chunk * CHUNK + quarter * 16 + 16);
         if BLOCK <= 32 || next % self.block() == 0 || next == layout.chunks * CHUNK {
             let dots = &mut state.dots[(next - 1) % SUPER / self.block()];
             for n in 0..M {
-                let [a, b, c, d] = state.chains[n];
-                dots[n] = a;
-                if M == 1 {
-                    dots[n] = s.add_i32(a, b);
-                    if BLOCK == SUPER {
-                        dots[n] = s.add_i32(dots[n], s.add_i32(c, d));
-                    }
-                }
+                let [a, b] = state.chains[n];
+                dots[n] = if M == 1 { s.add_i32(a, b) } else { a };
             }
         }
     }

@@ -270,14 +270,19 @@ pub trait Simd: Copy + Send + Sync + 'static {
         let four = if Self::PAIRS { 8 } else { 4 };
         let mut acts = acts.wrapping_add(groups.start * four * M);
         for _ in groups {
+            // SAFETY: as the caller says.
+            let mut w = [unsafe { self.load_weights(weights[0]) }; P];
             for p in 0..P {
                 // SAFETY: as the caller says.
-                let w = unsafe { self.load_weights(weights[p]) };
+                w[p] = unsafe { self.load_weights(weights[p]) };
                 weights[p] = weights[p].wrapping_add(Self::WEIGHT_BYTES);
-                for n in 0..M {
-                    // SAFETY: as the caller says.
-                    let a = unsafe { self.acts(acts.add(n * four)) };
-                    dots[p][n] = self.dot(dots[p][n], w, a);
+            }
+            // Activations one after the other: all of them at once would not fit the registers.
+            for n in 0..M {
+                // SAFETY: as the caller says.
+                let a = unsafe { self.acts(acts.add(n * four)) };
+                for p in 0..P {
+                    dots[p][n] = self.dot(dots[p][n], w[p], a);
                 }
             }
             acts = acts.wrapping_add(four * M);

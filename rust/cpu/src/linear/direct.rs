@@ -94,7 +94,7 @@ pub(super) fn run<S: Simd>(
             match scale.block {
                 16 => block!($D, 16),
                 32 => block!($D, 32),
-                SUPER => wide!($D),
+                _ if !scale.wants_sums() => wide!($D),
                 _ => block!($D, 64),
             }
         };

@@ -661,20 +661,20 @@ with open("/proc/self/statm") as f:
     base = int(f.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (base + (64 << 20), base + (64 << 20)))
 for name, source in sources.items():
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         out = "text %d" % len(ChatTemplate(source).render([]))
     except KbitError as error:
         out = "error " + str(error)[:200].encode("ascii", "replace").decode()
-    print(json.dumps([name, out, time.perf_counter() - start]), flush=True)
+    print(json.dumps([name, out, time.process_time() - start]), flush=True)
 """
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="reads the process size from /proc"
 )
-def test_hostile_templates():
-    """Each ends in a typed error within a second (and a margin for a busy machine) and 64 MiB."""
+def test_hostile_templates(record_line):
+    """Each ends in a typed error within a second of the processor; 64 MiB are all the child may map."""
     child = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(HOSTILE),
@@ -688,9 +688,9 @@ def test_hostile_templates():
     assert [name for name, _, _ in results] == list(HOSTILE)
     assert [(name, out) for name, out, _ in results if not out.startswith("error")] == []
     assert [(name, out) for name, out, _ in results if "out of memory" in out] == []
-    assert max(results, key=lambda result: result[2])[2] < 1.5, max(
-        results, key=lambda result: result[2]
-    )
+    slowest = max(results, key=lambda result: result[2])
+    record_line(f"hostile chat templates: {len(results)}, the slowest takes {slowest[2]:.2f} s ({slowest[0]})")
+    assert slowest[2] < 1.0, slowest
 
 
 def test_bounds_leave_room_for_real_work():

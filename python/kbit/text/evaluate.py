@@ -260,6 +260,7 @@ class Evaluator:
         out.append(text)
 
     def _invoke(self, macro: Macro, args: list[Any], kwargs: dict[str, Any]) -> str:
+        self.budget.step(10)  # scopes, arguments and a text of its own
         names: dict[str, Any] = dict(zip(macro.params, args, strict=False))
         rest = args[len(macro.params) :]
         caller = kwargs.pop("caller", None)

@@ -1,12 +1,20 @@
-"""Checkpoints that others quantised: packed by hand to their published layouts, they compute as their plain values do."""
+"""Checkpoints that others quantised.
+
+Packed by hand to their published layouts, they compute as their plain values do; packed by the public packages
+(tests/golden/make_packed.py), their values are what those packages return, bit for bit in the dtype they return.
+"""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import kbit
 import tiny
+from kbit import dialects
+from kbit._core import TensorFile
 
 pytestmark = pytest.mark.core
 IDS = np.arange(24, dtype=np.uint32) * 7 % 256
@@ -126,6 +134,51 @@ def test_quantises_what_was_quantised_when_asked(pair):
         assert model.weights["layers.1.mlp.down.weight"].bits == 3
     with pytest.raises(ValueError, match="keep their bits"):
         kbit.load(pair[0], dtype="f32")
+
+
+GOLDEN = Path(__file__).parent / "golden" / "packed"
+
+
+def rounded(values, dtype):
+    """float32 values rounded to a dtype (to the nearest, ties to even), as float32 again."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        bits = bits + 0x7FFF + (bits >> 16 & 1)
+        return (bits & 0xFFFF0000).view(np.float32)
+    return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("*.safetensors")))
+def test_values_are_those_of_the_package(case, record_line):
+    path = GOLDEN / f"{case}.safetensors"
+    with safe_open(path, "numpy") as read:
+        described = read.metadata() or {}
+    file = TensorFile(path)
+    dtype, expected = file.dtype("values"), file.read("values").astype(np.float32)
+    config = json.loads(described["config"])
+    tensors = {name: file for name in file.names() if name != "values"}
+    packed = [s for s in dialects.group(tensors, config).values() if s.dialect]
+    assert len(packed) == 1
+    parts = range(len(expected)) if expected.ndim == 3 else [None]
+    for i in parts:  # the experts of gpt-oss
+        steps = () if i is None else (("select", i, 0),)
+        weight = packed[0].load(steps, bits=None, dtype=None, threads=1)
+        wanted = expected if i is None else expected[i]
+        assert weight.shape == wanted.shape
+        found = rounded(weight.dequantize(), dtype)
+        wrong = np.argwhere(found != wanted)  # zeros of both signs are equal
+        assert not len(wrong), f"{len(wrong)} of {wanted.size}, first {wrong[0]}"
+    record_line(
+        f"dialect {case}: {expected.size} values are those of {described['package']} in {dtype}"
+    )
+
+
+def test_every_dialect_has_values_of_a_package():
+    methods = set()
+    for path in GOLDEN.glob("*.safetensors"):
+        with safe_open(path, "numpy") as read:
+            methods.add(json.loads((read.metadata() or {})["config"])["quant_method"])
+    assert methods == set(dialects.METHODS) - {"gptq_v2", "fbgemm_fp8"}
 
 
 @pytest.mark.parametrize(

@@ -369,8 +369,18 @@ fn gptq(set: &Set, options: &PackedOptions, less_one: bool) -> Result<KTensor> {
         )));
     }
     let (group, permutation) = set.order("g_idx", inputs, groups)?;
+    // One was taken from whole words, where a zero point of 0 borrows from its neighbour. At 3 bits, fields lie across
+    // words and each wraps for itself.
+    let mask = (1 << bits) - 1;
+    let ones = if less_one { u32::MAX / mask } else { 0 };
     let zeros = Zeros::new(set, bits, rows, groups, |row, g| {
-        i32::from(z.stream(bits, row, |k| g * z_columns + k)) + i32::from(less_one)
+        let zero = if bits == 3 {
+            u32::from(z.stream(bits, row, |k| g * z_columns + k)) + u32::from(less_one)
+        } else {
+            let word = z.get(g * z_columns + row * bits / 32);
+            word.wrapping_add(ones) >> (row * bits % 32)
+        };
+        (zero & mask) as i32
     })?;
     Grouped {
         dialect: set.dialect,

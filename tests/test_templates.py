@@ -689,7 +689,9 @@ def test_hostile_templates(record_line):
     assert [(name, out) for name, out, _ in results if not out.startswith("error")] == []
     assert [(name, out) for name, out, _ in results if "out of memory" in out] == []
     slowest = max(results, key=lambda result: result[2])
-    record_line(f"hostile chat templates: {len(results)}, the slowest takes {slowest[2]:.2f} s ({slowest[0]})")
+    record_line(
+        f"hostile chat templates: {len(results)}, the slowest takes {slowest[2]:.2f} s ({slowest[0]})"
+    )
     assert slowest[2] < 1.0, slowest
 
 

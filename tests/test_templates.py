@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -150,7 +151,11 @@ def test_real_templates(name, shared):
         for prompt in (False, True):
             names = {"tools": None, "documents": None, **TOKENS, **conversation}
             names["add_generation_prompt"] = prompt
-            expected = outcome(lambda source=source, **kw: reference(source, **kw), **names)
+            # transformers drops what is null; kbit keeps it for a template that fails without.
+            dropped = [{k: v for k, v in m.items() if v is not None} for m in names["messages"]]
+            expected = outcome(partial(reference, source), **{**names, "messages": dropped})
+            if expected is None:
+                expected = outcome(partial(reference, source), **names)
             messages = names.pop("messages")
             assert outcome(lambda m=messages, **kw: template.render(m, **kw), **names) == expected
             rendered += expected is not None

@@ -101,7 +101,7 @@ class Budget:
             item_weight, item_depth = self._measure(item)
             weight += item_weight + 2
             depth = max(depth, item_depth)
-        self.step(1 + len(value) // 3)
+        self.step(1 + len(value) // 2)
         if weight > MAX_TEXT:
             raise TemplateError(
                 f"the template makes a value of {weight} characters and items; at most {MAX_TEXT} are allowed"

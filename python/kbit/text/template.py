@@ -145,11 +145,20 @@ class ChatTemplate:
         budget = Budget()
         given = {
             **variables,
-            "messages": [_message(message) for message in messages],
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
+        kept = [_message(message) for message in messages]
+        try:
+            return self._run(budget, given | {"messages": [_without_nulls(m) for m in kept]}, guard)
+        except TemplateError:
+            if not any("content" in message and message["content"] is None for message in kept):
+                raise
+        # A template that asks whether the content of a call is null.
+        return self._run(budget, given | {"messages": kept}, guard)
+
+    def _run(self, budget: Budget, given: Mapping[str, Any], guard: Callable[[str], str]) -> str:
         names = {name: budget.plain(value, guard) for name, value in given.items()}
         evaluator = Evaluator(
             self._environment, FILTERS, TESTS, METHODS, {**_functions(budget), **names}, budget
@@ -176,8 +185,7 @@ class ChatTemplate:
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates expect it: no key that is null, reasoning under each of its names.
 
-    Clients send ``"tool_calls": null``, and templates ask whether the key is there. The `content` of a
-    message with tool calls may be null: some templates ask for just that.
+    Clients send ``"tool_calls": null``, and templates ask whether the key is there. The `content` beside tool calls stays.
     """
     if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -194,6 +202,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         if reasoning is None
         else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
     )
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _functions(budget: Budget) -> dict[str, Any]:

@@ -356,7 +356,11 @@ pub fn read_checkpoint(file: &TensorFile) -> Result<Checkpoint> {
             "its header is damaged: checksum {found}, written was {stored:?}"
         )));
     }
-    let table = metadata.remove("kbit.tensors").unwrap_or_default();
+    let mut take = |key: &str| {
+        let value = metadata.remove(key);
+        value.ok_or_else(|| wrong(format!("its metadata has no {key}")))
+    };
+    let (spec, table) = (take("kbit.spec")?, take("kbit.tensors")?);
     let mut table: BTreeMap<String, Entry> =
         serde_json::from_str(&table).map_err(|e| wrong(format!("kbit.tensors: {e}")))?;
 
@@ -427,9 +431,6 @@ pub fn read_checkpoint(file: &TensorFile) -> Result<Checkpoint> {
         };
         weights.insert(name.to_owned(), weight);
     }
-    let spec = metadata
-        .remove("kbit.spec")
-        .ok_or_else(|| wrong("its metadata has no kbit.spec".into()))?;
     metadata.remove("kbit.format");
     Ok(Checkpoint {
         spec,

@@ -207,17 +207,16 @@ fn put(out: &mut Out, weight: &Weight, kind: GgmlType, rows: &Rows) -> Result<()
         .checked_div(row_bytes)
         .unwrap_or(0)
         .clamp(1, rows.count.max(1));
-    let mut buffer = vec![0; step * row_bytes];
+    let mut buffer = Vec::new();
     for first in (0..rows.count).step_by(step) {
-        let count = step.min(rows.count - first);
-        let buffer = buffer.get_mut(..count * row_bytes).unwrap_or_default();
-        parallel::for_each_piece(0, buffer, 16 * row_bytes, |i, piece| {
+        buffer.resize(step.min(rows.count - first) * row_bytes, 0);
+        parallel::for_each_piece(0, &mut buffer, 16 * row_bytes, |i, piece| {
             for (r, out) in piece.chunks_exact_mut(row_bytes).enumerate() {
                 put_row(weight, kind, own, rows.source(first + i * 16 + r), out)?;
             }
             Ok(())
         })?;
-        out.put(buffer)?;
+        out.put(&buffer)?;
     }
     Ok(())
 }

@@ -235,3 +235,30 @@ fn what_kbit_did_not_write_is_refused() {
         assert!(matches!(error, Error::Format(_)), "{error}");
     }
 }
+
+#[test]
+fn metadata_without_a_table_or_spec_is_named() {
+    // A checksum is asked for first; the refusal of a wrong one names the right one.
+    let refused = |keys: &str, checksum: &str| {
+        let header = format!(
+            "{{\"__metadata__\":{{\"kbit.format\":\"1\",{keys}\"kbit.checksum\":\"{checksum}\"}}}}"
+        );
+        let file = common::open(&common::safetensors(&header, &[])).unwrap();
+        match read_checkpoint(&file).unwrap_err() {
+            Error::Format(message) => message,
+            other => panic!("{other}"),
+        }
+    };
+    for (keys, missing) in [
+        ("\"kbit.spec\":\"{}\",", "kbit.tensors"),
+        ("\"kbit.tensors\":\"{}\",", "kbit.spec"),
+    ] {
+        let damaged = refused(keys, "");
+        let found = damaged.split("checksum ").nth(1).unwrap();
+        let message = refused(keys, found.split(',').next().unwrap());
+        assert!(
+            message.ends_with(&format!("its metadata has no {missing}")),
+            "{message}"
+        );
+    }
+}

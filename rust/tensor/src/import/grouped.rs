@@ -25,8 +25,7 @@ pub(super) struct Grouped<'a> {
     pub(super) code: &'a (dyn Fn(usize, usize) -> u8 + Sync),
     /// Bytes of the scale of a row and group; as many as the type has are used.
     pub(super) scale: &'a (dyn Fn(usize, usize) -> [u8; 4] + Sync),
-    /// Zero point of a row and group, as stored with [`Offset::Zero`].
-    pub(super) zero: Option<&'a (dyn Fn(usize, usize) -> u8 + Sync)>,
+    pub(super) zeros: Option<&'a Zeros>,
 }
 
 impl Grouped<'_> {
@@ -43,10 +42,11 @@ impl Grouped<'_> {
                 self.dialect, self.group
             ))
         })?;
+        let zeros = self.zeros.and_then(Zeros::stored);
         let scales = Scales::Block {
             block,
             scale: self.scale_type,
-            offset: if self.zero.is_some() {
+            offset: if zeros.is_some() {
                 Offset::Zero
             } else {
                 Offset::None
@@ -65,8 +65,8 @@ impl Grouped<'_> {
                     let group = if one_group { 0 } else { k * block / self.group };
                     let at = layout.fine_offset(r, k, size);
                     out[at..at + size].copy_from_slice(&(self.scale)(first + r, group)[..size]);
-                    if let Some(zero) = self.zero {
-                        out[layout.offset_offset(r, k, 1)] = zero(first + r, group);
+                    if let Some((zeros, groups)) = zeros {
+                        out[layout.offset_offset(r, k, 1)] = zeros[(first + r) * groups + group];
                     }
                 }
                 for j in 0..self.inputs {
@@ -169,4 +169,62 @@ pub(crate) fn take_rows(k: &KTensor, rows: &[u32]) -> Result<KTensor> {
         Arc::new(bytes),
         0,
     )
+}
+
+/// Integer codes with a zero point per row and group; one that is the same everywhere moves into the codebook.
+pub(super) struct Zeros {
+    /// Codebook of the codes.
+    pub(super) book: Codebook,
+    stored: Option<Vec<u8>>,
+    groups: usize,
+}
+
+impl Zeros {
+    /// `zero` of every row and group.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for zero points that differ and do not fit a byte.
+    pub(super) fn new(
+        dialect: &str,
+        bits: usize,
+        rows: usize,
+        groups: usize,
+        zero: impl Fn(usize, usize) -> i32,
+    ) -> Result<Self> {
+        let mut all = Vec::with_capacity(rows * groups);
+        for row in 0..rows {
+            for group in 0..groups {
+                all.push(zero(row, group));
+            }
+        }
+        let first = all.first().copied().unwrap_or(0);
+        let book = |zero: i32| Codebook::I8((0..1 << bits).map(|c| (c - zero) as i8).collect());
+        if all.iter().all(|z| *z == first)
+            && (-127..=128).contains(&first)
+            && (1 << bits) - 1 - first <= 127
+        {
+            return Ok(Self {
+                book: book(first),
+                stored: None,
+                groups,
+            });
+        }
+        if let Some(z) = all.iter().find(|z| !(0..256).contains(*z)) {
+            return Err(Error::Unsupported(format!(
+                "{dialect}: a zero point of {z}; 0 to 255 are read"
+            )));
+        }
+        let stored = all.iter().map(|z| *z as u8).collect();
+        // At 8 bits, code and zero point are both shifted by 128.
+        Ok(Self {
+            book: book(if bits == 8 { 128 } else { 0 }),
+            stored: Some(stored),
+            groups,
+        })
+    }
+
+    /// (rows, groups) as [`Offset::Zero`] stores them, and the number of groups; None where the codebook has the zero point.
+    fn stored(&self) -> Option<(&[u8], usize)> {
+        self.stored.as_deref().map(|zeros| (zeros, self.groups))
+    }
 }

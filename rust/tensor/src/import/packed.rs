@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::ggml;
-use super::grouped::{Grouped, take_rows};
+use super::grouped::{Grouped, Zeros, take_rows};
 use crate::file::{Stored, TensorFile};
 use crate::transform::{Transform, View};
 use crate::{Bytes, Codebook, DType, Error, KTensor, Result, ScaleType, Tensor};
@@ -128,9 +128,7 @@ fn view<'a>(parts: &Parts<'a>, part: &str, transforms: &[Transform]) -> Result<V
         }
         view = view.apply(&Transform::Reshape(shape))?;
     }
-    transforms
-        .iter()
-        .try_fold(view, super::super::transform::View::apply)
+    transforms.iter().try_fold(view, View::apply)
 }
 
 /// The parts of a weight of one dialect.
@@ -283,63 +281,6 @@ impl ScaleTable {
     }
 }
 
-/// Integer codes with a zero point per row and group; one that is the same everywhere moves into the codebook.
-struct Zeros {
-    book: Codebook,
-    stored: Option<Vec<u8>>,
-    groups: usize,
-}
-
-impl Zeros {
-    fn new(
-        set: &Set,
-        bits: usize,
-        rows: usize,
-        groups: usize,
-        zero: impl Fn(usize, usize) -> i32,
-    ) -> Result<Self> {
-        let mut all = Vec::with_capacity(rows * groups);
-        for row in 0..rows {
-            for group in 0..groups {
-                all.push(zero(row, group));
-            }
-        }
-        let first = all.first().copied().unwrap_or(0);
-        let book = |zero: i32| Codebook::I8((0..1 << bits).map(|c| (c - zero) as i8).collect());
-        if all.iter().all(|z| *z == first)
-            && (-127..=128).contains(&first)
-            && (1 << bits) - 1 - first <= 127
-        {
-            return Ok(Self {
-                book: book(first),
-                stored: None,
-                groups,
-            });
-        }
-        if let Some(z) = all.iter().find(|z| !(0..256).contains(*z)) {
-            return Err(Error::Unsupported(format!(
-                "{}: a zero point of {z}; 0 to 255 are read",
-                set.dialect
-            )));
-        }
-        let stored = all.iter().map(|z| *z as u8).collect();
-        // At 8 bits, code and zero point are both shifted by 128.
-        Ok(Self {
-            book: book(if bits == 8 { 128 } else { 0 }),
-            stored: Some(stored),
-            groups,
-        })
-    }
-
-    fn get(&self, row: usize, group: usize) -> u8 {
-        self.stored
-            .as_ref()
-            .and_then(|z| z.get(row * self.groups + group))
-            .copied()
-            .unwrap_or(0)
-    }
-}
-
 fn bits_of(set: &Set, options: &PackedOptions, allowed: &[usize]) -> Result<usize> {
     match options.bits {
         Some(bits) if allowed.contains(&bits) => Ok(bits),
@@ -373,7 +314,7 @@ fn gptq(set: &Set, options: &PackedOptions, less_one: bool) -> Result<KTensor> {
     // words and each wraps for itself.
     let mask = (1 << bits) - 1;
     let ones = if less_one { u32::MAX / mask } else { 0 };
-    let zeros = Zeros::new(set, bits, rows, groups, |row, g| {
+    let zeros = Zeros::new(set.dialect, bits, rows, groups, |row, g| {
         let zero = if bits == 3 {
             u32::from(z.stream(bits, row, |k| g * z_columns + k)) + u32::from(less_one)
         } else {
@@ -393,10 +334,7 @@ fn gptq(set: &Set, options: &PackedOptions, less_one: bool) -> Result<KTensor> {
         permutation,
         code: &|row, input| q.stream(bits, input, |k| k * rows + row),
         scale: &|row, g| scales.get(g * rows + row),
-        zero: zeros
-            .stored
-            .is_some()
-            .then_some(&|row, g| zeros.get(row, g)),
+        zeros: Some(&zeros),
     }
     .build()
 }
@@ -417,7 +355,9 @@ fn awq(set: &Set) -> Result<KTensor> {
     let four = |w: &Words, line: usize, row: usize| {
         (w.get(line * words + row / 8) >> (4 * PLACE[row % 8]) & 15) as u8
     };
-    let zeros = Zeros::new(set, 4, rows, groups, |row, g| i32::from(four(&z, g, row)))?;
+    let zeros = Zeros::new(set.dialect, 4, rows, groups, |row, g| {
+        i32::from(four(&z, g, row))
+    })?;
     Grouped {
         dialect: set.dialect,
         bits: 4,
@@ -429,10 +369,7 @@ fn awq(set: &Set) -> Result<KTensor> {
         permutation: None,
         code: &|row, input| four(&q, input, row),
         scale: &|row, g| scales.get(g * rows + row),
-        zero: zeros
-            .stored
-            .is_some()
-            .then_some(&|row, g| zeros.get(row, g)),
+        zeros: Some(&zeros),
     }
     .build()
 }
@@ -458,11 +395,11 @@ fn compressed(set: &Set, options: &PackedOptions) -> Result<KTensor> {
                 "weight_zero_point {z_rows} x {z_groups} for {rows} rows and {groups} groups"
             )));
         }
-        Zeros::new(set, bits, rows, groups, |row, g| {
+        Zeros::new(set.dialect, bits, rows, groups, |row, g| {
             i32::from(z.stream(bits, row, |k| k * groups + g))
         })?
     } else {
-        Zeros::new(set, bits, rows, groups, |_, _| half)?
+        Zeros::new(set.dialect, bits, rows, groups, |_, _| half)?
     };
     Grouped {
         dialect: set.dialect,
@@ -475,10 +412,7 @@ fn compressed(set: &Set, options: &PackedOptions) -> Result<KTensor> {
         permutation,
         code: &|row, input| q.stream(bits, input, |k| row * words + k),
         scale: &|row, g| scales.get(row * groups + g),
-        zero: zeros
-            .stored
-            .is_some()
-            .then_some(&|row, g| zeros.get(row, g)),
+        zeros: Some(&zeros),
     }
     .build()
 }
@@ -582,7 +516,7 @@ fn bitsandbytes(set: &Set) -> Result<KTensor> {
                 .get(row * groups + g)
                 .map_or([0; 4], |v| v.to_le_bytes())
         },
-        zero: None,
+        zeros: None,
     }
     .build()
 }
@@ -628,7 +562,7 @@ fn fp8(set: &Set, options: &PackedOptions) -> Result<KTensor> {
         permutation: None,
         code: &|row, input| bytes.get(row * inputs + input).copied().unwrap_or(0),
         scale: &|row, g| scales.get(row / row_block * s_columns + g),
-        zero: None,
+        zeros: None,
     }
     .build()
 }

@@ -6,10 +6,11 @@
 //! saves a barrier ([`Rotation`]).
 
 pub(crate) mod chunk;
+mod page;
 #[cfg(test)]
 mod tests;
+mod work;
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use kbit_simd::{Isa, dispatch};
@@ -20,12 +21,11 @@ use crate::buffers::Rows;
 use crate::cache::{HeadLayout, HeadPage, PAGE};
 use crate::norm::{Norm, norm_in_place};
 use crate::rope::{Tables, rotate};
-use chunk::{Append, Chunk, Finish, Merge, Query, Scoring, Weights, Widen};
+use chunk::{Chunk, Finish, Merge, Query, Scoring, Weights};
+use page::{Append, Widen};
+use work::Item;
+pub(crate) use work::Work;
 
-/// Queries of an item of a prompt.
-const QUERIES: usize = 128;
-/// New tokens of a sequence up to which its context is split into chunks.
-const SPLIT: usize = 8;
 /// Queries from which a chunk is turned into f32 first.
 const WIDEN: usize = 9;
 
@@ -81,29 +81,6 @@ pub(crate) struct WeightsOut {
     pub(crate) positions: usize,
 }
 
-/// A unit of work.
-#[derive(Debug)]
-pub(crate) struct Item {
-    view: usize,
-    kv_head: usize,
-    tokens: Range<usize>,
-    /// None: all chunks in order.
-    chunk: Option<Split>,
-}
-
-/// One chunk of several that belong together.
-#[derive(Debug)]
-struct Split {
-    /// First position.
-    start: usize,
-    /// Which counter.
-    group: usize,
-    /// Rows of partial results: this chunk's first, the group's first, and how many chunks there are.
-    row: usize,
-    first_row: usize,
-    chunks: usize,
-}
-
 /// Memory of one thread.
 #[derive(Default)]
 pub(crate) struct Scratch {
@@ -137,66 +114,7 @@ pub(crate) struct Shared<'a> {
     pub(crate) finished: &'a [AtomicU32],
 }
 
-/// Items of one kind of layer.
-#[derive(Debug, Default)]
-pub(crate) struct Work {
-    pub(crate) items: Vec<Item>,
-    /// Rows of partial results.
-    pub(crate) partials: usize,
-    /// Counters.
-    pub(crate) groups: usize,
-}
-
 impl Attention {
-    /// First position that the window leaves to the query at `position`.
-    fn first(&self, position: usize) -> usize {
-        self.window.map_or(0, |w| (position + 1).saturating_sub(w))
-    }
-
-    /// The work of this layer for a pass. `whole`: never split by chunk.
-    pub(crate) fn work(&self, views: &[View], whole: bool) -> Work {
-        let group = self.q_heads / self.kv_heads;
-        let mut work = Work::default();
-        for (v, view) in views.iter().enumerate() {
-            let chunks = self.first(view.start) / PAGE..(view.start + view.tokens).div_ceil(PAGE);
-            for kv_head in 0..self.kv_heads {
-                if view.tokens > SPLIT || whole {
-                    let block = (QUERIES / group).clamp(4, 64);
-                    let blocks = (0..view.tokens)
-                        .step_by(block)
-                        .map(|from| from..view.tokens.min(from + block));
-                    work.items.extend(blocks.map(|tokens| Item {
-                        view: v,
-                        kv_head,
-                        tokens,
-                        chunk: None,
-                    }));
-                    continue;
-                }
-                let first_row = work.partials;
-                for (i, chunk) in chunks.clone().enumerate() {
-                    let row = first_row + i * view.tokens * group;
-                    let split = Split {
-                        start: chunk * PAGE,
-                        group: work.groups,
-                        row,
-                        first_row,
-                        chunks: chunks.len(),
-                    };
-                    work.items.push(Item {
-                        view: v,
-                        kv_head,
-                        tokens: 0..view.tokens,
-                        chunk: Some(split),
-                    });
-                }
-                work.partials += chunks.len() * view.tokens * group;
-                work.groups += 1;
-            }
-        }
-        work
-    }
-
     /// Clamps, norms, rotates and appends one token in place, all heads.
     ///
     /// # Safety
@@ -225,18 +143,28 @@ impl Attention {
             }
         }
         for (head, (key, value)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
-            let page = self.page(s, view, position / PAGE, head);
-            dispatch(
-                s.isa,
-                Append {
-                    kind: s.kind,
-                    page,
-                    position: position % PAGE,
-                    key,
-                    value,
-                },
-            );
+            self.put(s, view, position, head, key, value);
         }
+    }
+
+    /// Writes key and value (`head_dim`,) of a position.
+    fn put(
+        &self,
+        s: &Shared<'_>,
+        view: &View,
+        position: usize,
+        kv_head: usize,
+        key: &[f32],
+        value: &[f32],
+    ) {
+        let append = Append {
+            kind: s.kind,
+            page: self.page(s, view, position / PAGE, kv_head),
+            position: position % PAGE,
+            key,
+            value,
+        };
+        dispatch(s.isa, append);
     }
 
     fn page(&self, s: &Shared<'_>, view: &View, index: usize, kv_head: usize) -> HeadPage {
@@ -437,17 +365,7 @@ impl Attention {
             if let Some(clip) = rotation.clip {
                 clamp(value, clip);
             }
-            let page = self.page(s, view, position / PAGE, item.kv_head);
-            dispatch(
-                s.isa,
-                Append {
-                    kind: s.kind,
-                    page,
-                    position: position % PAGE,
-                    key,
-                    value,
-                },
-            );
+            self.put(s, view, position, item.kv_head, key, value);
         }
     }
 

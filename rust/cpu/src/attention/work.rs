@@ -1,0 +1,95 @@
+//! Which items a layer's attention has in a pass.
+
+use std::ops::Range;
+
+use super::{Attention, View};
+use crate::cache::PAGE;
+
+/// Queries of an item of a prompt.
+const QUERIES: usize = 128;
+/// New tokens of a sequence up to which its context is split into chunks.
+pub(super) const SPLIT: usize = 8;
+
+/// A unit of work.
+#[derive(Debug)]
+pub(crate) struct Item {
+    pub(super) view: usize,
+    pub(super) kv_head: usize,
+    pub(super) tokens: Range<usize>,
+    /// None: all chunks in order.
+    pub(super) chunk: Option<Split>,
+}
+
+/// One chunk of several that belong together.
+#[derive(Debug)]
+pub(super) struct Split {
+    /// First position.
+    pub(super) start: usize,
+    /// Which counter.
+    pub(super) group: usize,
+    /// Rows of partial results: this chunk's first, the group's first, and how many chunks there are.
+    pub(super) row: usize,
+    pub(super) first_row: usize,
+    pub(super) chunks: usize,
+}
+
+/// Items of one kind of layer.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    pub(crate) items: Vec<Item>,
+    /// Rows of partial results.
+    pub(crate) partials: usize,
+    /// Counters.
+    pub(crate) groups: usize,
+}
+
+impl Attention {
+    /// First position that the window leaves to the query at `position`.
+    pub(super) fn first(&self, position: usize) -> usize {
+        self.window.map_or(0, |w| (position + 1).saturating_sub(w))
+    }
+
+    /// The work of this layer for a pass. `whole`: never split by chunk.
+    pub(crate) fn work(&self, views: &[View], whole: bool) -> Work {
+        let group = self.q_heads / self.kv_heads;
+        let mut work = Work::default();
+        for (v, view) in views.iter().enumerate() {
+            let chunks = self.first(view.start) / PAGE..(view.start + view.tokens).div_ceil(PAGE);
+            for kv_head in 0..self.kv_heads {
+                if view.tokens > SPLIT || whole {
+                    let block = (QUERIES / group).clamp(4, 64);
+                    let blocks = (0..view.tokens)
+                        .step_by(block)
+                        .map(|from| from..view.tokens.min(from + block));
+                    work.items.extend(blocks.map(|tokens| Item {
+                        view: v,
+                        kv_head,
+                        tokens,
+                        chunk: None,
+                    }));
+                    continue;
+                }
+                let first_row = work.partials;
+                for (i, chunk) in chunks.clone().enumerate() {
+                    let row = first_row + i * view.tokens * group;
+                    let split = Split {
+                        start: chunk * PAGE,
+                        group: work.groups,
+                        row,
+                        first_row,
+                        chunks: chunks.len(),
+                    };
+                    work.items.push(Item {
+                        view: v,
+                        kv_head,
+                        tokens: 0..view.tokens,
+                        chunk: Some(split),
+                    });
+                }
+                work.partials += chunks.len() * view.tokens * group;
+                work.groups += 1;
+            }
+        }
+        work
+    }
+}

@@ -20,9 +20,8 @@ from kbit.checkpoint import GGUF_TOKENIZER, Source
 from kbit.model import Model
 from kbit.names import Place, rope_halves, select_expert, targets
 from kbit.spec import ModelSpec, RopeSpec
-from kbit.text.gguf_vocab import PRE_TOKENIZERS
+from kbit.text import gguf_export
 from kbit.text.hf_json import read_json
-from kbit.text.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 Planned = tuple[str, Sequence[Weight | NDArray[np.float32]], bool, tuple[int, int] | None]
 
@@ -183,13 +182,8 @@ def _factors(spec: ModelSpec) -> dict[str, Sequence[float]]:
 # Tokenizer
 
 
-def _object(value: Any) -> dict[str, Any]:
-    """A JSON object, empty where there is none."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
 def _tokenizer(source: Source, spec: ModelSpec) -> dict[str, Any]:
-    """`tokenizer.*`: copied from a GGUF file, or made from a byte-level BPE."""
+    """`tokenizer.*`: copied from a GGUF file, or made from the files of a directory."""
     beside = source.directory / GGUF_TOKENIZER
     keys = source.files[0].metadata if source.is_gguf else read_json(beside)
     if keys is not None:
@@ -198,90 +192,7 @@ def _tokenizer(source: Source, spec: ModelSpec) -> dict[str, Any]:
         if charsmap in found:
             found[charsmap] = bytes(b % 256 for b in found[charsmap])
         return found
-    data = read_json(source.directory / "tokenizer.json")
-    if data is None:
-        return {"tokenizer.ggml.model": "no_vocab"}
-    return _byte_level(data, spec) | _special(source, data)
-
-
-def _byte_level(data: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
-    model = _object(data.get("model"))
-    name = _pre_tokenizer(data)
-    if model.get("type") != "BPE" or name is None or data.get("normalizer"):
-        raise UnsupportedModelError(
-            "convert: of tokenizer.json kbit writes byte-level BPE with a splitting that llama.cpp has a name for; "
-            "convert the model from its GGUF file"
-        )
-    tokens = [f"[PAD{i}]" for i in range(spec.vocab_size)]
-    types = [UNUSED] * spec.vocab_size
-    added = [
-        (t["content"], t["id"], CONTROL if t.get("special") else USER_DEFINED)
-        for t in data["added_tokens"]
-    ]
-    for text, i, kind in [*((t, i, NORMAL) for t, i in model["vocab"].items()), *added]:
-        if not 0 <= i < spec.vocab_size:
-            raise ModelFormatError(f"tokenizer.json: token {i}, the model has {spec.vocab_size}")
-        tokens[i], types[i] = text, kind
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-    }
-
-
-def _pre_tokenizer(data: Mapping[str, Any]) -> str | None:
-    """The name llama.cpp has for how a tokenizer.json splits text."""
-    top = _object(data.get("pre_tokenizer"))
-    steps: list[Any] = top.get("pretokenizers", [top])
-    patterns: list[str] = []
-    for step in map(_object, steps):
-        match step.get("type"):
-            case "Split":
-                patterns.append(_object(step.get("pattern")).get("Regex", ""))
-            case "Digits" if step.get("individual_digits"):
-                patterns.append(r"\p{N}")
-            case "ByteLevel":
-                if step.get("add_prefix_space"):
-                    return None
-                if step.get("use_regex", True):
-                    patterns += PRE_TOKENIZERS["gpt-2"].patterns
-            case _:
-                return None
-    merged = bool(_object(data.get("model")).get("ignore_merges"))
-    for name, pre in PRE_TOKENIZERS.items():
-        if pre.patterns == patterns and pre.ignore_merges == merged and pre.byte_level:
-            return name
-    return None
-
-
-def _special(source: Source, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Ids of special tokens, and the chat template."""
-    config = read_json(source.directory / "tokenizer_config.json") or {}
-    ids = {t["content"]: t["id"] for t in data["added_tokens"]} | data["model"]["vocab"]
-    found: dict[str, Any] = {}
-    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        text = _text(config.get(f"{name}_token"))
-        if text in ids:
-            found[f"tokenizer.ggml.{key}_token_id"] = ids[text]
-    processor = str(data.get("post_processor") or "")
-    text = _text(config.get("bos_token"))
-    found["tokenizer.ggml.add_bos_token"] = bool(
-        config.get("add_bos_token", text and str(text) in processor)
-    )
-    template = source.directory / "chat_template.jinja"
-    chat = template.read_text("utf-8") if template.exists() else config.get("chat_template")
-    if isinstance(chat, str):
-        found["tokenizer.chat_template"] = chat
-    return found
-
-
-def _text(token: Any) -> str:
-    """A special token of tokenizer_config.json, which is its text or an object that holds it."""
-    text = token if isinstance(token, str) else _object(token).get("content")
-    return text if isinstance(text, str) else ""
+    return gguf_export.metadata(source.directory, spec.vocab_size)
 
 
 # The proof

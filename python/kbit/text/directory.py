@@ -16,6 +16,8 @@ from kbit.text.budget import is_dict
 from kbit.text.template import MAX_SOURCE
 from kbit.text.vocabulary import ControlToken, Vocabulary, typed_failures
 
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+"""Names of the file of a SentencePiece model."""
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -73,7 +75,7 @@ def _surroundings(core: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _from_model(root: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Vocabulary:
-    for name in ("tokenizer.model", "spiece.model"):
+    for name in SENTENCEPIECE:
         data = hf_json.read_bytes(root / name)
         if data is not None:
             break

@@ -168,6 +168,8 @@ def _growth(normalizer: Any) -> int:
             return growth
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return max(1, -(-len(new) // max(1, len(old)))) if old else MAX_GROWTH + 1
+        case {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": str(new)}:  # T5's
+            return max(1, -(-len(new) // 2))
         case {"type": "Replace", "content": str(new)}:
             return len(new) + 1
         case {"type": "Prepend", "prepend": str(new)}:

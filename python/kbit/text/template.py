@@ -185,7 +185,8 @@ class ChatTemplate:
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates expect it: no key that is null, reasoning under each of its names.
 
-    Clients send ``"tool_calls": null``, and templates ask whether the key is there. The `content` beside tool calls stays.
+    Clients send ``"tool_calls": null``, and templates ask whether the key is there. The `content` beside tool calls
+    stays.
     """
     if not isinstance(message, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(

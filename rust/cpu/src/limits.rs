@@ -136,15 +136,15 @@ impl SimdOp for Multiply {
     type Output = i32;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> i32 {
-        let mut weights = [1, 3].map(|w| s.weights(s.splat_bytes(w ^ S::BIAS)));
+        let weights = [1, 3].map(|w| s.weights(s.splat_bytes(w ^ S::BIAS)));
         let four = [1u8; 8];
         #[allow(unsafe_code, reason = "the trait's contract of 8 readable bytes")]
         // SAFETY: `four` has 8 bytes.
-        let mut acts = [unsafe { s.acts(four.as_ptr()) }; CHAINS / 2];
+        let acts = [unsafe { s.acts(four.as_ptr()) }; CHAINS / 2];
         let mut sums = [s.splat_i32(0); CHAINS];
         for _ in 0..self.rounds {
             // Where multiplying and adding are two instructions, a product known to be the same again would be made once.
-            (weights, acts) = black_box((weights, acts));
+            let (weights, acts) = black_box((&weights, &acts));
             for (i, sum) in sums.iter_mut().enumerate() {
                 *sum = s.dot(*sum, weights[i % 2], acts[i / 2]);
             }

@@ -9,7 +9,7 @@ use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{
     avx2::{Avx2, AvxVnni},
-    avx512::{Avx512, Avx512Vbmi},
+    avx512::{Amx, Avx512, Avx512Vbmi},
 };
 
 /// An instruction set, weakest first within a family.
@@ -80,6 +80,8 @@ impl Isa {
             Self::Avx512 => Avx512::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vbmi => Avx512Vbmi::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Amx::new().is_some(),
             _ => false,
         }
     }
@@ -151,6 +153,9 @@ impl std::error::Error for IsaError {}
 pub trait SimdOp {
     /// What it gives.
     type Output;
+    /// Whether it has to do with [`Simd::product`]. AMX has nothing else of its own: other operations are compiled once for it and
+    /// AVX-512 with VBMI.
+    const TILES: bool = false;
     /// The body.
     fn eval<S: Simd>(self, s: S) -> Self::Output;
 }
@@ -174,6 +179,8 @@ pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
         Isa::AvxVnni => on::<AvxVnni, O>(isa, op),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => on::<Avx512, O>(isa, op),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx if const { O::TILES } => on::<Amx, O>(isa, op),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vbmi | Isa::Amx => on::<Avx512Vbmi, O>(isa, op),
         #[allow(

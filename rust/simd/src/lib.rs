@@ -30,5 +30,9 @@ mod isa;
 pub mod math;
 mod vector;
 
+#[cfg(target_arch = "x86_64")]
+#[doc(hidden)]
+pub use isa::amx::assume as assume_amx;
+
 pub use dispatch::{Isa, IsaError, SimdOp, dispatch};
 pub use vector::{Book, LANES, Simd};

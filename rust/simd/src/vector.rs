@@ -79,6 +79,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const PAIRS: bool;
     /// Inputs of one token that lie together in a tile of activations: 4, or what one step of [`Simd::product`] takes.
     const RUN: usize = 4;
+    /// Tokens of the smallest matrix-matrix tile.
+    const LEAST: usize = 1;
     /// Tokens of a matrix-matrix tile.
     const TILE: usize;
     /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
@@ -251,6 +253,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
             self.store_weights(w[1], to.add(Self::WEIGHT_BYTES));
         }
     }
+    /// Before the products of a piece of work on this thread: whatever [`Simd::product`] needs set up.
+    #[inline(always)]
+    fn begin_products(self) {}
+    /// After them.
+    #[inline(always)]
+    fn end_products(self) {}
     /// The heart of a matrix-matrix tile: to `dots[p][n]` adds, per row of panel p, the exact dot product of its weights with token n
     /// over the inputs `4 * groups.start .. 4 * groups.end`.
     ///
@@ -258,36 +266,54 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `[inputs / RUN][M][RUN]` (see [`Simd::PAIRS`]).
     ///
     /// # Safety
-    /// Both are readable for `groups`, which starts and ends at multiples of 4.
+    /// Both are readable for `groups`, which starts and ends at multiples of 4 inputs and of [`Simd::RUN`]; weights are 64-byte
+    /// aligned. It runs between [`Simd::begin_products`] and [`Simd::end_products`].
     #[inline(always)]
     unsafe fn product<const P: usize, const M: usize>(
         self,
-        mut weights: [*const u8; P],
+        weights: [*const u8; P],
         acts: *const u8,
         groups: Range<usize>,
         dots: &mut [[Self::I32; M]; P],
     ) {
-        let four = if Self::PAIRS { 8 } else { 4 };
-        let mut acts = acts.wrapping_add(groups.start * four * M);
-        for _ in groups {
-            // SAFETY: as the caller says.
-            let mut w = [unsafe { self.load_weights(weights[0]) }; P];
-            for p in 0..P {
-                // SAFETY: as the caller says.
-                w[p] = unsafe { self.load_weights(weights[p]) };
-                weights[p] = weights[p].wrapping_add(Self::WEIGHT_BYTES);
-            }
-            // Activations one after the other: all of them at once would not fit the registers.
-            for n in 0..M {
-                // SAFETY: as the caller says.
-                let a = unsafe { self.acts(acts.add(n * four)) };
-                for p in 0..P {
-                    dots[p][n] = self.dot(dots[p][n], w[p], a);
-                }
-            }
-            acts = acts.wrapping_add(four * M);
-        }
+        // SAFETY: as the caller says.
+        unsafe { multiply(self, weights, acts, groups, dots) }
     }
     /// Asks for a cache line.
     fn prefetch(self, at: *const u8);
+}
+
+/// [`Simd::product`] by [`Simd::dot`], where activations lie by four.
+///
+/// # Safety
+/// As [`Simd::product`].
+#[inline(always)]
+pub(crate) unsafe fn multiply<S: Simd, const P: usize, const M: usize>(
+    s: S,
+    mut weights: [*const u8; P],
+    acts: *const u8,
+    groups: Range<usize>,
+    dots: &mut [[S::I32; M]; P],
+) {
+    assert!(S::RUN == 4, "products of longer runs are overridden");
+    let four = if S::PAIRS { 8 } else { 4 };
+    let mut acts = acts.wrapping_add(groups.start * four * M);
+    for _ in groups {
+        // SAFETY: as the caller says.
+        let mut w = [unsafe { s.load_weights(weights[0]) }; P];
+        for p in 0..P {
+            // SAFETY: as the caller says.
+            w[p] = unsafe { s.load_weights(weights[p]) };
+            weights[p] = weights[p].wrapping_add(S::WEIGHT_BYTES);
+        }
+        // Activations one after the other: all of them at once would not fit the registers.
+        for n in 0..M {
+            // SAFETY: as the caller says.
+            let a = unsafe { s.acts(acts.add(n * four)) };
+            for p in 0..P {
+                dots[p][n] = s.dot(dots[p][n], w[p], a);
+            }
+        }
+        acts = acts.wrapping_add(four * M);
+    }
 }

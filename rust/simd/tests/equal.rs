@@ -2,6 +2,11 @@
 
 #![allow(unsafe_code, reason = "weights and activations pass through memory")]
 
+mod emulator;
+
+use std::ops::Range;
+
+use emulator::instruction_sets;
 use kbit_simd::{Book, Isa, LANES, Simd, SimdOp, dispatch, half, math};
 
 /// A repeatable stream of numbers (xorshift).
@@ -48,6 +53,7 @@ struct Floats<'a> {
 
 impl SimdOp for Floats<'_> {
     type Output = Vec<u32>;
+    const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> Vec<u32> {
         let mut all = Vec::new();
@@ -133,6 +139,7 @@ struct Codes<'a> {
 
 impl SimdOp for Codes<'_> {
     type Output = Vec<i32>;
+    const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> Vec<i32> {
         match self.bits {
@@ -214,7 +221,7 @@ fn floats_equal_the_scalar_definition() {
             )
         };
         let want = op(Isa::Scalar);
-        for isa in Isa::available() {
+        for isa in instruction_sets() {
             let got = op(isa);
             for (i, (g, w)) in got.iter().zip(&want).enumerate() {
                 assert_eq!(
@@ -255,10 +262,187 @@ fn codes_equal_the_scalar_definition() {
             )
         };
         let want = op(Isa::Scalar);
-        for isa in Isa::available() {
+        for isa in instruction_sets() {
             assert_eq!(op(isa), want, "{isa} at {bits} bits");
         }
     }
+}
+
+/// 64 bytes as registers want them.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code, reason = "memory for registers")] [u8; 64]);
+
+/// A product of decoded panels with a tile of `tokens`, on top of `start` in every place.
+struct Products<'a> {
+    /// One to two panels, \[inputs / 4\]\[16 rows\]\[4 inputs\].
+    panels: &'a [Vec<[i8; 64]>],
+    /// \[tokens\]\[inputs\].
+    acts: &'a [Vec<i8>],
+    groups: Range<usize>,
+    start: i32,
+}
+
+impl SimdOp for Products<'_> {
+    /// \[panel\]\[token\]\[row\], None where the instruction set has no such tile.
+    type Output = Option<Vec<i32>>;
+    const TILES: bool = true;
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> Option<Vec<i32>> {
+        macro_rules! at {
+            ($($m:literal)*) => {
+                match (self.acts.len(), self.panels.len()) {
+                    $(
+                        ($m, 1) if const { S::LEAST <= $m && $m <= S::TILE } => {
+                            Some(self.at::<S, 1, $m>(s))
+                        }
+                        ($m, 2) if const { S::LEAST <= $m && $m <= S::TILE && S::PANELS == 2 } => {
+                            Some(self.at::<S, 2, $m>(s))
+                        }
+                    )*
+                    _ => None,
+                }
+            };
+        }
+        at!(1 2 4 6 8 12 16 32)
+    }
+}
+
+impl Products<'_> {
+    #[inline(always)]
+    fn at<S: Simd, const P: usize, const M: usize>(self, s: S) -> Vec<i32> {
+        let lines = S::WEIGHT_BYTES / 64;
+        let mut weights = vec![vec![Line([0; 64]); self.groups.len() * lines]; P];
+        for (panel, to) in self.panels.iter().zip(&mut weights) {
+            for pair in 0..self.groups.len() / 2 {
+                let w = [0, 1].map(|i| {
+                    let w = panel[self.groups.start + 2 * pair + i];
+                    s.weights(s.load_bytes(&w.map(|w| w as u8 ^ S::BIAS)))
+                });
+                // SAFETY: there is room for every group.
+                unsafe { s.store_pair(w, to.as_mut_ptr().add(2 * pair * lines).cast()) };
+            }
+        }
+        let (inputs, size) = (self.acts[0].len(), if S::PAIRS { 2 } else { 1 });
+        let mut tile = vec![0u8; inputs * M * size];
+        for (n, row) in self.acts.iter().enumerate() {
+            for (i, &a) in row.iter().enumerate() {
+                let i = if S::PAIRS {
+                    i / 4 * 4 + [0, 2, 1, 3][i % 4]
+                } else {
+                    i
+                };
+                let at = (i / S::RUN * M + n) * S::RUN + i % S::RUN;
+                if S::PAIRS {
+                    tile[2 * at..2 * at + 2].copy_from_slice(&i16::from(a).to_le_bytes());
+                } else {
+                    tile[at] = a as u8;
+                }
+            }
+        }
+        let covered = self.groups.start * 4..self.groups.end * 4;
+        let mut dots = [[s.splat_i32(0); M]; P];
+        for n in 0..M {
+            let sum: i32 = self.acts[n][covered.clone()]
+                .iter()
+                .map(|&a| i32::from(a))
+                .sum();
+            let bias = if S::BIAS == 0 { 0 } else { -128 * sum };
+            for p in 0..P {
+                dots[p][n] = s.splat_i32(self.start + bias);
+            }
+        }
+        let from = std::array::from_fn(|p| weights[p].as_ptr().cast());
+        s.begin_products();
+        // SAFETY: weights and activations are there for all of `groups`, and products have begun.
+        unsafe { s.product::<P, M>(from, tile.as_ptr(), self.groups, &mut dots) };
+        s.end_products();
+        let mut out = Vec::new();
+        for v in dots.into_iter().flatten() {
+            let mut lanes = [0; LANES];
+            s.store_i32(v, &mut lanes);
+            out.extend(lanes);
+        }
+        out
+    }
+}
+
+#[test]
+fn products_equal_plain_loops() {
+    let mut random = Random(0x51ed_270b_a1f3_9c65);
+    let mut compared = std::collections::BTreeMap::<Isa, usize>::new();
+    for tokens in [1, 2, 4, 6, 8, 12, 16, 32] {
+        for (panels, inputs) in [(1, 512), (2, 512), (2, 320), (1, 64)] {
+            let panels: Vec<Vec<[i8; 64]>> = (0..panels)
+                .map(|_| {
+                    let vector = |_| std::array::from_fn(|_| random.next() as i8);
+                    (0..inputs / 4).map(vector).collect()
+                })
+                .collect();
+            let acts: Vec<Vec<i8>> = (0..tokens)
+                .map(|_| {
+                    (0..inputs)
+                        .map(|_| (random.next() % 255) as u8 as i8)
+                        .collect()
+                })
+                .collect();
+            for start in (0..inputs / 4).step_by(16) {
+                for end in (start + 16..=inputs / 4).step_by(16).take(4) {
+                    let offset = random.next() as i32 >> 8;
+                    let mut want = Vec::new();
+                    for panel in &panels {
+                        for row in &acts {
+                            want.extend((0..16).map(|r| {
+                                let product = |i: usize| {
+                                    i32::from(panel[i / 4][r * 4 + i % 4]) * i32::from(row[i])
+                                };
+                                offset + (4 * start..4 * end).map(product).sum::<i32>()
+                            }));
+                        }
+                    }
+                    for isa in instruction_sets() {
+                        let op = Products {
+                            panels: &panels,
+                            acts: &acts,
+                            groups: start..end,
+                            start: offset,
+                        };
+                        if let Some(got) = dispatch(isa, op) {
+                            let at = format!(
+                                "{isa}: {tokens} tokens, {} panels, groups {start}..{end}",
+                                panels.len()
+                            );
+                            assert_eq!(got, want, "{at}");
+                            *compared.entry(isa).or_default() += got.len();
+                        }
+                    }
+                }
+            }
+        }
+    }
+    eprintln!("results compared: {compared:?}");
+    for isa in instruction_sets() {
+        assert!(compared[&isa] >= 3_000, "{isa}: {compared:?}");
+    }
+    amx_ran();
+}
+
+/// Under emulation every instruction was encoded as meant, and the tiles of this thread are released.
+fn amx_ran() {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    if emulator::emulated() {
+        let counts = emulator::counts();
+        eprintln!("carried out: {:?} {counts:?}", emulator::COUNTED);
+        assert!(counts.iter().all(|&n| n > 100), "{counts:?}");
+        assert!(!emulator::configured());
+        return;
+    }
+    let has = if Isa::Amx.is_available() {
+        "has"
+    } else {
+        "lacks"
+    };
+    eprintln!("AMX is not emulated: this machine {has} it");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! AVX-512 with VNNI, without and with VBMI (byte permutations).
+//! AVX-512 with VNNI, without and with VBMI (byte permutations), and what AMX shares with it: all but the product.
 
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -7,17 +7,35 @@
 #![allow(clippy::wildcard_imports, reason = "intrinsics")]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
+use super::amx;
+use crate::vector::multiply;
 use crate::{Book, Isa, LANES, Simd, SimdOp};
 
-/// AVX-512 F, BW, VL, DQ and VNNI; with `VBMI` also byte permutations.
+/// AVX-512 F, BW, VL, DQ and VNNI; from [`VBMI`] on also byte permutations, with [`AMX`] also tiles.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Token<const VBMI: bool>(());
+pub(crate) struct Token<const LEVEL: u8>(());
+
+const VBMI: u8 = 1;
+const AMX: u8 = 2;
 
 /// Without VBMI: tables by `vpshufb`, ladders by multiplication.
-pub(crate) type Avx512 = Token<false>;
+pub(crate) type Avx512 = Token<0>;
 /// With VBMI: tables of 64 and 128 entries in one instruction, ladders up to 4 bits by table.
-pub(crate) type Avx512Vbmi = Token<true>;
+pub(crate) type Avx512Vbmi = Token<VBMI>;
+/// The same, but products are of AMX tiles.
+pub(crate) type Amx = Token<AMX>;
+
+impl Amx {
+    /// The token, without looking for AMX.
+    ///
+    /// # Safety
+    /// The process may use AMX int8 tiles.
+    pub(super) unsafe fn over(_: Avx512Vbmi) -> Self {
+        Self(())
+    }
+}
 
 /// A codebook, or codebook and ladder in one table, and the ladder itself.
 #[derive(Clone, Copy)]
@@ -36,11 +54,11 @@ pub(crate) struct Rungs {
 }
 
 /// Whether codebook and ladder fit one table.
-const fn folds_by_table(vbmi: bool, bits: usize) -> bool {
-    vbmi && bits <= 4
+const fn folds_by_table(level: u8, bits: usize) -> bool {
+    level >= VBMI && bits <= 4
 }
 
-impl<const VBMI: bool> Simd for Token<VBMI> {
+impl<const LEVEL: u8> Simd for Token<LEVEL> {
     type F32 = __m512;
     type I32 = __m512i;
     type Mask = __mmask16;
@@ -51,13 +69,19 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
     type Weights = __m512i;
     type Acts = __m512i;
 
-    const ISA: Isa = if VBMI { Isa::Avx512Vbmi } else { Isa::Avx512 };
+    const ISA: Isa = match LEVEL {
+        AMX => Isa::Amx,
+        VBMI => Isa::Avx512Vbmi,
+        _ => Isa::Avx512,
+    };
     const BIAS: u8 = 0x80;
     const WEIGHT_BYTES: usize = 64;
     const PAIRS: bool = false;
-    const TILE: usize = 12;
+    const RUN: usize = if LEVEL == AMX { amx::STEP } else { 4 };
+    const LEAST: usize = if LEVEL == AMX { amx::ROWS } else { 1 };
+    const TILE: usize = if LEVEL == AMX { 2 * amx::ROWS } else { 12 };
     const PANELS: usize = 2;
-    const DIRECT: usize = 16;
+    const DIRECT: usize = if LEVEL == AMX { 0 } else { 16 };
 
     fn new() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f")
@@ -67,7 +91,8 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        (base && (!VBMI || is_x86_feature_detected!("avx512vbmi"))).then_some(Self(()))
+        let vbmi = || is_x86_feature_detected!("avx512vbmi");
+        (base && (LEVEL < VBMI || vbmi()) && (LEVEL < AMX || amx::usable())).then_some(Self(()))
     }
 
     fn run<O: SimdOp>(self, op: O) -> O::Output {
@@ -84,7 +109,13 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
             op.eval(s)
         }
         // SAFETY: the token proves the features.
-        unsafe { if VBMI { vbmi(self, op) } else { base(self, op) } }
+        unsafe {
+            if LEVEL >= VBMI {
+                vbmi(self, op)
+            } else {
+                base(self, op)
+            }
+        }
     }
 
     #[inline(always)]
@@ -309,12 +340,12 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
     }
     #[inline(always)]
     fn table(self, book: &Book) -> Self::Table {
-        table::<VBMI>(&book.values, Self::BIAS)
+        table(LEVEL >= VBMI, &book.values, Self::BIAS)
     }
     #[inline(always)]
     fn lookup<const BITS: usize>(self, t: &Self::Table, code: Self::Bytes) -> Self::Bytes {
         unsafe {
-            if VBMI {
+            if LEVEL >= VBMI {
                 return match BITS {
                     ..=6 => _mm512_permutexvar_epi8(code, t[0]),
                     7 => _mm512_permutex2var_epi8(t[0], code, t[1]),
@@ -339,10 +370,10 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
     }
     #[inline(always)]
     fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
-        let table = if folds_by_table(VBMI, BITS) {
-            table::<VBMI>(&book.folded, Self::BIAS)
+        let table = if folds_by_table(LEVEL, BITS) {
+            table(LEVEL >= VBMI, &book.folded, Self::BIAS)
         } else {
-            table::<VBMI>(&book.values, 0)
+            table(LEVEL >= VBMI, &book.values, 0)
         };
         let ladder =
             unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(book.ladder.as_ptr().cast())) };
@@ -363,7 +394,7 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
                 0x01010101, 0,
             );
             let s = _mm512_shuffle_epi8(rows, four_each);
-            if folds_by_table(VBMI, BITS) {
+            if folds_by_table(LEVEL, BITS) {
                 let v = if high {
                     self.shr(s, 4 - BITS as u32)
                 } else {
@@ -393,7 +424,7 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
         code: Self::Bytes,
     ) -> Self::Weights {
         unsafe {
-            if folds_by_table(VBMI, BITS) {
+            if folds_by_table(LEVEL, BITS) {
                 let t = &ladder.table;
                 let index = self.merge(((1u16 << BITS) - 1) as u8, code, rungs.v);
                 return match BITS {
@@ -432,6 +463,34 @@ impl<const VBMI: bool> Simd for Token<VBMI> {
         unsafe { _mm512_dpbusd_epi32(acc, w, a) }
     }
     #[inline(always)]
+    fn begin_products(self) {
+        if const { LEVEL == AMX } {
+            unsafe { amx::configure() }
+        }
+    }
+    #[inline(always)]
+    fn end_products(self) {
+        if const { LEVEL == AMX } {
+            unsafe { amx::release() }
+        }
+    }
+    #[inline(always)]
+    unsafe fn product<const P: usize, const M: usize>(
+        self,
+        weights: [*const u8; P],
+        acts: *const u8,
+        groups: Range<usize>,
+        dots: &mut [[Self::I32; M]; P],
+    ) {
+        unsafe {
+            if const { LEVEL == AMX } {
+                amx::multiply(weights, acts, groups, dots);
+            } else {
+                multiply(self, weights, acts, groups, dots);
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
@@ -450,11 +509,11 @@ fn lookup_256(t: &[__m512i; 16], index: __m512i, upper: __mmask64) -> __m512i {
 
 /// Four registers of 64 entries with VBMI, 16 of 16 repeated entries without.
 #[inline(always)]
-fn table<const VBMI: bool>(entries: &[i8; 256], xor: u8) -> [__m512i; 16] {
+fn table(vbmi: bool, entries: &[i8; 256], xor: u8) -> [__m512i; 16] {
     unsafe {
         let mut table = [_mm512_setzero_si512(); 16];
         for i in 0..16 {
-            let v = if VBMI {
+            let v = if vbmi {
                 _mm512_loadu_si512(entries.as_ptr().add(i % 4 * 64).cast())
             } else {
                 _mm512_broadcast_i32x4(_mm_loadu_si128(entries.as_ptr().add(i * 16).cast()))

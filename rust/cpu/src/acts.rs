@@ -39,6 +39,8 @@ pub enum Form {
     Int8 {
         /// With the sums of every block of 16 to 256 inputs, not of 256 only.
         sums: bool,
+        /// For products of blocks of 64 inputs and more, which matrix tiles are worth it for.
+        tiles: bool,
     },
     /// As they are.
     F32,
@@ -55,9 +57,23 @@ pub struct Input {
     pub permutation: Option<Arc<[u32]>>,
 }
 
+/// Tokens up to which AMX leaves a product to AVX-512, which reads every weight once and decodes it in registers.
+const FEW: usize = 8;
+
+/// The instruction set whose kernels multiply `tokens` rows: AMX has those for many tokens and long blocks only, as it gains nothing
+/// by others. What it leaves is laid out for AVX-512 and computed by its kernels.
+fn kernels(isa: Isa, form: Form, tokens: usize) -> Isa {
+    match (isa, form) {
+        (Isa::Amx, Form::Int8 { tiles: true, .. }) if tokens > FEW => isa,
+        (Isa::Amx, _) => Isa::Avx512Vbmi,
+        _ => isa,
+    }
+}
+
 /// What the layout needs to know of an instruction set.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
+    least: usize,
     tile: usize,
     /// Up to so many tokens are one tile of a power of two.
     direct: usize,
@@ -65,11 +81,16 @@ struct Shape {
     bias: bool,
 }
 
-/// The smallest tile kernels exist for that holds `n` tokens, when a full one has `tile`.
-fn padded_tile(n: usize, tile: usize) -> usize {
-    let sizes = [0, 1, 2, 4, 6, 8, 12, 16];
-    let fits = sizes.into_iter().find(|&size| size >= n);
-    fits.map_or(tile, |size| size.min(tile))
+impl Shape {
+    /// The smallest tile kernels exist for that holds `n` tokens.
+    fn padded(&self, n: usize) -> usize {
+        if n == 0 {
+            return 0;
+        }
+        let sizes = [1, 2, 4, 6, 8, 12, 16];
+        let fits = sizes.into_iter().find(|&size| size >= n.max(self.least));
+        fits.map_or(self.tile, |size| size.min(self.tile))
+    }
 }
 
 /// Rows of a step in the form one kind of matrix wants. Reused from step to step; memory only grows.
@@ -130,6 +151,7 @@ impl Acts {
         Ok(Self {
             isa: Isa::Scalar,
             shape: Shape {
+                least: 1,
                 tile: 4,
                 direct: 0,
                 pairs: false,
@@ -153,8 +175,8 @@ impl Acts {
     /// # Errors
     /// [`Error::Memory`] without room, [`Error::Argument`] for sizes past the address space.
     pub fn reserve(&mut self, isa: Isa, input: &Input, tokens: usize) -> Result<()> {
-        self.isa = isa;
-        self.shape = dispatch(isa, ShapeOf);
+        self.isa = kernels(isa, input.form, tokens);
+        self.shape = dispatch(self.isa, ShapeOf);
         if tokens <= self.shape.direct && matches!(input.form, Form::Int8 { .. }) {
             self.shape.tile = tokens.next_power_of_two();
         }
@@ -163,7 +185,7 @@ impl Acts {
             self.input = input.clone();
         }
         let last = tokens % self.shape.tile;
-        let padded = tokens - last + padded_tile(last, self.shape.tile);
+        let padded = tokens - last + self.shape.padded(last);
         let too_large = || {
             Error::Argument(format!(
                 "{tokens} rows of {} activations are too many",
@@ -265,7 +287,7 @@ impl Acts {
     }
 
     fn per_super(&self) -> usize {
-        if self.input.form == (Form::Int8 { sums: true }) {
+        if matches!(self.input.form, Form::Int8 { sums: true, .. }) {
             SUMS
         } else {
             1
@@ -290,7 +312,7 @@ impl Acts {
             sums: at(&self.sums, self.supers() * self.per_super() * 4).cast(),
             starts: at(&self.starts, self.supers() * self.per_super() * 4).cast(),
             tokens,
-            padded: padded_tile(tokens, self.shape.tile),
+            padded: self.shape.padded(tokens),
             per_super: self.per_super(),
         }
     }
@@ -299,9 +321,11 @@ impl Acts {
 struct ShapeOf;
 impl SimdOp for ShapeOf {
     type Output = Shape;
+    const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, _: S) -> Shape {
         Shape {
+            least: S::LEAST,
             tile: S::TILE,
             direct: S::DIRECT,
             pairs: S::PAIRS,
@@ -319,6 +343,7 @@ struct Fill<'a> {
 
 impl SimdOp for Fill<'_> {
     type Output = ();
+    const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let a = self.acts;

@@ -26,7 +26,7 @@ use std::ops::Range;
 
 use kbit_simd::{Book, Simd, SimdOp, dispatch};
 use kbit_tensor::program::Activations;
-use kbit_tensor::{Codebook, KTensor, ROWS, Result, Scales, Weight};
+use kbit_tensor::{CHUNK, Codebook, KTensor, ROWS, Result, Scales, Weight};
 
 use crate::acts::{Acts, Form, Input};
 use codes::Decoder;
@@ -117,14 +117,14 @@ impl Matrix {
                         };
                         let scale = Scale::of(k);
                         let decoder = Decoder::new(Book::new(k.bits(), codebook, ladder), k);
-                        let sums = scale.wants_sums();
+                        let (sums, tiles) = (scale.wants_sums(), scale.block >= CHUNK);
                         (
                             Store::Codes {
                                 weight: k.clone(),
                                 decoder,
                                 scale,
                             },
-                            Form::Int8 { sums },
+                            Form::Int8 { sums, tiles },
                         )
                     }
                     _ => (Store::Floats(k.clone()), Form::F32),
@@ -199,19 +199,36 @@ impl Matrix {
             // A product counts once, however threads share its panels.
             trace::count(|| format!("{} {} m{}", self.kind(), acts.isa(), acts.tokens()));
         }
-        dispatch(
-            acts.isa(),
-            Run {
-                matrix: self,
-                acts,
-                panels,
-                out: Out {
-                    at: out,
-                    stride,
-                    rows: self.rows,
+        let out = Out {
+            at: out,
+            stride,
+            rows: self.rows,
+        };
+        let isa = acts.isa();
+        match &self.store {
+            Store::Codes {
+                weight,
+                decoder,
+                scale,
+            } => dispatch(
+                isa,
+                Codes {
+                    source: codes::Panels::new(weight),
+                    decoder,
+                    scale,
+                    acts,
+                    panels,
+                    out,
                 },
-            },
-        );
+            ),
+            Store::Floats(weight) => {
+                let source = float::Source::Quantised(weight);
+                dispatch(isa, Floats(source, acts, panels, out));
+            }
+            Store::Dense(dense) => {
+                dispatch(isa, Floats(float::Source::Dense(dense), acts, panels, out));
+            }
+        }
     }
 
     /// All of [`Matrix::run`] on this thread: `x` (tokens, inputs), gives (tokens, rows).
@@ -239,49 +256,47 @@ impl Matrix {
     }
 }
 
-struct Run<'a> {
-    matrix: &'a Matrix,
+/// The int8 path.
+struct Codes<'a> {
+    source: codes::Panels<'a>,
+    decoder: &'a Decoder,
+    scale: &'a Scale,
     acts: &'a Acts,
     panels: Range<usize>,
     out: Out,
 }
 
-impl SimdOp for Run<'_> {
+impl SimdOp for Codes<'_> {
     type Output = ();
+    const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         let Self {
-            matrix,
+            source,
+            decoder,
+            scale,
             acts,
             panels,
             out,
         } = self;
-        match &matrix.store {
-            Store::Codes {
-                weight,
-                decoder,
-                scale,
-            } => {
-                let source = codes::Panels::new(weight);
-                let direct = const { S::DIRECT > 0 } && acts.tokens() <= S::DIRECT;
-                if !(direct
-                    && direct::run(
-                        s,
-                        &source,
-                        decoder,
-                        scale,
-                        &acts.tile(0),
-                        panels.clone(),
-                        out,
-                    ))
-                {
-                    tiles::run(s, &source, decoder, scale, acts, panels, out);
-                }
+        if const { S::DIRECT > 0 } && acts.tokens() <= S::DIRECT {
+            let (tile, panels) = (acts.tile(0), panels.clone());
+            if direct::run(s, &source, decoder, scale, &tile, panels, out) {
+                return;
             }
-            Store::Floats(weight) => {
-                float::run(s, &float::Source::Quantised(weight), acts, panels, out);
-            }
-            Store::Dense(dense) => float::run(s, &float::Source::Dense(dense), acts, panels, out),
         }
+        tiles::run(s, &source, decoder, scale, acts, panels, out);
+    }
+}
+
+/// The float path.
+struct Floats<'a>(float::Source<'a>, &'a Acts, Range<usize>, Out);
+
+impl SimdOp for Floats<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let Self(source, acts, panels, out) = self;
+        float::run(s, &source, acts, panels, out);
     }
 }

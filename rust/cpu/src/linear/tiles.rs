@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use kbit_simd::{Simd, SimdOp};
+use kbit_simd::{Simd, SimdOp, dispatch};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
@@ -18,6 +18,8 @@ use crate::acts::{Acts, Tile};
 const SHORT: usize = 2;
 /// Super-blocks of a slab when there are many: 32 KiB of int8 a panel.
 const LONG: usize = 8;
+/// Bytes of int8 activations of a tile and slab at most, so that they stay in L1 for all panels of a group.
+const FIRST_CACHE: usize = 32 << 10;
 /// Panels of a group when there are many tiles.
 pub(super) const GROUP: usize = 8;
 /// Code vectors of a chunk.
@@ -44,7 +46,7 @@ pub(super) fn run<S: Simd>(
     out: Out,
 ) {
     let layout = source.layout;
-    let side_by_side = if scale.wants_sums() || acts.tile(0).padded > 12 {
+    let side_by_side = if scale.wants_sums() || acts.tile(0).padded > S::TILE {
         1
     } else {
         S::PANELS
@@ -52,7 +54,7 @@ pub(super) fn run<S: Simd>(
     let (slab, group) = if acts.tiles() == 1 {
         (SHORT, side_by_side)
     } else {
-        (LONG, GROUP)
+        (LONG.min(FIRST_CACHE / (S::TILE * SUPER)), GROUP)
     };
     let panel_bytes = slab.min(layout.supers) * SUPER / CHUNK * VECTORS * S::WEIGHT_BYTES;
     SCRATCH.with_borrow_mut(|scratch| {
@@ -61,6 +63,7 @@ pub(super) fn run<S: Simd>(
             scratch.resize(lines, Line([0; 64]));
         }
         let to = scratch.as_mut_ptr().cast::<u8>();
+        s.begin_products();
         for base in panels.clone().step_by(group) {
             let members = base..panels.end.min(base + group);
             for first in (0..layout.supers).step_by(slab) {
@@ -68,8 +71,17 @@ pub(super) fn run<S: Simd>(
                 let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
                 for panel in members.clone() {
                     let to = to.wrapping_add((panel - base) * panel_bytes);
-                    // SAFETY: the scratch has room for the chunks of a group of panels.
-                    unsafe { decode(s, source, decoder, panel, chunks.clone(), to) };
+                    let chunks = chunks.clone();
+                    dispatch(
+                        S::ISA,
+                        Slab {
+                            source,
+                            decoder,
+                            panel,
+                            chunks,
+                            to,
+                        },
+                    );
                 }
                 for index in 0..acts.tiles() {
                     let (first, tile) = (index * S::TILE, acts.tile(index));
@@ -93,48 +105,58 @@ pub(super) fn run<S: Simd>(
                 }
             }
         }
+        s.end_products();
     });
 }
 
-/// Decodes chunks of a panel to `to`.
-///
-/// # Safety
-/// `to` is 64-byte aligned and has room for 16 weight vectors a chunk.
-#[inline(always)]
-unsafe fn decode<S: Simd>(
-    s: S,
-    source: &Panels<'_>,
-    decoder: &Decoder,
+/// Decodes chunks of a panel to `to`, which is 64-byte aligned and has room for 16 weight vectors a chunk. An operation of its own, as
+/// AMX decodes like AVX-512.
+struct Slab<'a> {
+    source: &'a Panels<'a>,
+    decoder: &'a Decoder,
     panel: usize,
     chunks: Range<usize>,
     to: *mut u8,
-) {
-    macro_rules! bits {
-        ($bits:tt) => {{
-            macro_rules! method {
-                ($D:ty) => {
-                    s.run(Unpack::<S, $D> {
-                        s,
-                        decoder,
-                        layout: source.layout,
-                        panel: source.at(panel),
-                        chunks,
-                        to,
-                        kind: PhantomData,
-                    })
-                };
-            }
-            with_decode!(S, decoder, $bits, method)
-        }};
-    }
-    match decoder.bits {
-        2 => bits!(2),
-        3 => bits!(3),
-        4 => bits!(4),
-        5 => bits!(5),
-        6 => bits!(6),
-        7 => bits!(7),
-        _ => bits!(8),
+}
+
+impl SimdOp for Slab<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let Self {
+            source,
+            decoder,
+            panel,
+            chunks,
+            to,
+        } = self;
+        macro_rules! bits {
+            ($bits:tt) => {{
+                macro_rules! method {
+                    ($D:ty) => {
+                        s.run(Unpack::<S, $D> {
+                            s,
+                            decoder,
+                            layout: source.layout,
+                            panel: source.at(panel),
+                            chunks,
+                            to,
+                            kind: PhantomData,
+                        })
+                    };
+                }
+                with_decode!(S, decoder, $bits, method)
+            }};
+        }
+        match decoder.bits {
+            2 => bits!(2),
+            3 => bits!(3),
+            4 => bits!(4),
+            5 => bits!(5),
+            6 => bits!(6),
+            7 => bits!(7),
+            _ => bits!(8),
+        }
     }
 }
 
@@ -213,26 +235,30 @@ fn multiply<S: Simd>(s: S, job: Job<'_>) {
     macro_rules! tokens {
         ($m:literal) => {
             match job.scale.unrolled() {
-                16 => s.run(Product::<S, 1, $m, 16>(s, job)),
-                32 => s.run(Product::<S, 1, $m, 32>(s, job)),
+                16 if const { S::RUN <= 16 } => s.run(Product::<S, 1, $m, 16>(s, job)),
+                32 if const { S::RUN <= 32 } => s.run(Product::<S, 1, $m, 32>(s, job)),
                 64 => s.run(Product::<S, 1, $m, 64>(s, job)),
-                _ if const { S::PANELS == 2 && $m <= 12 } => {
+                _ if const { S::PANELS == 2 && $m <= S::TILE } => {
                     s.run(Product::<S, 2, $m, 256>(s, job))
                 }
                 _ => s.run(Product::<S, 1, $m, 256>(s, job)),
             }
         };
     }
-    match job.tile.padded {
-        1 => tokens!(1),
-        2 => tokens!(2),
-        4 => tokens!(4),
-        6 if const { S::TILE >= 6 } => tokens!(6),
-        8 if const { S::TILE >= 8 } => tokens!(8),
-        12 if const { S::TILE >= 12 } => tokens!(12),
-        16 if const { S::DIRECT >= 16 } => tokens!(16),
-        n => unreachable!("a tile of {n} tokens"),
+    macro_rules! kernels {
+        ($($m:literal)*) => {
+            match job.tile.padded {
+                $($m if const { exists::<S>($m) } => tokens!($m),)*
+                n => unreachable!("a tile of {n} tokens"),
+            }
+        };
     }
+    kernels!(1 2 4 6 8 12 16 32);
+}
+
+/// Whether the instruction set has tiles of `tokens` tokens: those of many, and the only one of a few.
+const fn exists<S: Simd>(tokens: usize) -> bool {
+    S::LEAST <= tokens && (tokens <= S::TILE || tokens <= S::DIRECT && tokens.is_power_of_two())
 }
 
 /// The register tile: `P` panels by `M` tokens.

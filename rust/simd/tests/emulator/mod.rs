@@ -1,8 +1,10 @@
 //! AMX for tests on processors without it: a handler of SIGILL carries out the instruction at which the thread stopped, as the
 //! manual defines it, and continues behind it. So the tests run the very machine code that a processor with AMX runs: its
 //! encodings, registers, addresses and loops. What it cannot tell is speed.
+#![allow(unsafe_code, reason = "it works on registers and memory of threads")]
 #![allow(
     dead_code,
+    unused_imports,
     reason = "not every test crate that includes this file counts instructions"
 )]
 
@@ -236,7 +238,7 @@ mod linux {
                 (0x5e, _, 3) => {
                     let (first, second) = (usize::from(mode & 7), usize::from(third));
                     check(b == 0 && second < 8, "a tile register above 7");
-                    // Both signed without a prefix of 2 in front of the second, and so on: the letters of tdpbXYd.
+                    // The letters of tdpbXYd: no prefix is uu, 66 us, f3 su, f2 ss.
                     let (signed_first, signed_second) = (prefix >= 2, prefix == 3 || prefix == 1);
                     multiply(tiles, tile, first, second, signed_first, signed_second);
                     if prefix == 2 {
@@ -311,7 +313,9 @@ mod linux {
                 && tiles.rows[a] == rows
                 && tiles.row_bytes[b] == tiles.row_bytes[c]
                 && tiles.rows[b] == fours
-                && [a, b, c].iter().all(|&t| tiles.row_bytes[t] % 4 == 0),
+                && [a, b, c]
+                    .iter()
+                    .all(|&t| tiles.row_bytes[t].is_multiple_of(4)),
             "a product of tiles whose shapes do not fit",
         );
         let number = |byte: u8, signed: bool| {

@@ -112,6 +112,229 @@ unsafe fn load_scale<S: Simd>(s: S, kind: ScaleType, at: *const u8) -> S::F32 {
     }
 }
 
+impl Scale {
+    /// Whether dot products are weighed as integers before they meet a float.
+    pub(super) fn has_subs(&self) -> bool {
+        matches!(self.kind, Kind::Super { .. })
+    }
+
+    /// The integer scales of a block.
+    ///
+    /// # Safety
+    /// `panel` is one of `layout` and `block` one of its blocks.
+    #[inline(always)]
+    unsafe fn sub<S: Simd>(
+        &self,
+        s: S,
+        layout: &KLayout,
+        panel: *const u8,
+        block: usize,
+    ) -> S::I32 {
+        // SAFETY: the fine section has 16 bytes a block.
+        let bytes = unsafe { sixteen(panel.add(layout.fine_at + block * LANES)) };
+        match self.kind {
+            Kind::Super {
+                sub: SubScale::I8, ..
+            } => {
+                // SAFETY: as above.
+                s.load_i8(unsafe { sixteen(panel.add(layout.fine_at + block * LANES)) })
+            }
+            Kind::Super {
+                sub: SubScale::U4, ..
+            } => s.and_i32(s.load_u8(bytes), s.splat_i32(15)),
+            _ => s.load_u8(bytes),
+        }
+    }
+
+    /// The integer minima of a block.
+    ///
+    /// # Safety
+    /// As [`Scale::sub`], where there are minima.
+    #[inline(always)]
+    unsafe fn sub_min<S: Simd>(
+        &self,
+        s: S,
+        layout: &KLayout,
+        panel: *const u8,
+        block: usize,
+    ) -> S::I32 {
+        // SAFETY: sections have 16 bytes a block.
+        unsafe {
+            match self.kind {
+                Kind::Super {
+                    sub: SubScale::U4, ..
+                } => s.shr_i32(
+                    s.load_u8(sixteen(panel.add(layout.fine_at + block * LANES))),
+                    4,
+                ),
+                _ => s.load_u8(sixteen(panel.add(layout.offset_at + block * LANES))),
+            }
+        }
+    }
+
+    /// The float scales, or minima, of a block.
+    ///
+    /// # Safety
+    /// As [`Scale::sub`]; `section` is where they lie in a panel.
+    #[inline(always)]
+    unsafe fn float<S: Simd>(
+        s: S,
+        kind: ScaleType,
+        panel: *const u8,
+        section: usize,
+        block: usize,
+    ) -> S::F32 {
+        // SAFETY: the section has 16 of them a block.
+        unsafe { load_scale(s, kind, panel.add(section + block * LANES * kind.size())) }
+    }
+
+    /// The zero points of a block.
+    ///
+    /// # Safety
+    /// As [`Scale::sub`], where there are zero points.
+    #[inline(always)]
+    unsafe fn zero<S: Simd>(
+        &self,
+        s: S,
+        layout: &KLayout,
+        panel: *const u8,
+        block: usize,
+    ) -> S::I32 {
+        // SAFETY: the section has 16 bytes a block.
+        let stored = s.load_u8(unsafe { sixteen(panel.add(layout.offset_at + block * LANES)) });
+        s.sub_i32(stored, s.splat_i32(self.zero_shift))
+    }
+}
+
+/// Results and running sums of `M` tokens in registers: what [`Settle`] does, block by block inside a kernel for many tokens.
+pub(super) struct Running<S: Simd, const M: usize> {
+    pub y: [S::F32; M],
+    isum: [S::I32; M],
+}
+
+impl<S: Simd, const M: usize> Running<S, M> {
+    #[inline(always)]
+    pub(super) fn new(s: S, y: [S::F32; M]) -> Self {
+        let isum = [s.splat_i32(0); M];
+        Self { y, isum }
+    }
+
+    /// Takes the dot products of one block of super-block `sup`; `SUBS` is [`Scale::has_subs`].
+    ///
+    /// # Safety
+    /// `panel` is one of `layout`, `block` one of its blocks, `tile` one of `M` tokens.
+    #[inline(always)]
+    pub(super) unsafe fn block<const SUBS: bool>(
+        &mut self,
+        s: S,
+        scale: &Scale,
+        layout: &KLayout,
+        panel: *const u8,
+        tile: &Tile,
+        block: usize,
+        dots: &[S::I32; M],
+    ) {
+        // SAFETY: sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
+        unsafe {
+            if SUBS {
+                let sub = scale.sub(s, layout, panel, block);
+                for n in 0..M {
+                    self.isum[n] = s.add_i32(self.isum[n], s.mul_i32(sub, dots[n]));
+                }
+                return;
+            }
+            let Kind::Float {
+                scale: kind,
+                offset,
+            } = scale.kind
+            else {
+                return;
+            };
+            let factor = Scale::float(s, kind, panel, layout.fine_at, block);
+            let sa = tile.scales.add(block * scale.block / SUPER * M);
+            let sums = tile
+                .sums
+                .wrapping_add(sum_index(tile, scale.block, block) * M);
+            match offset {
+                Offset::None => {
+                    for n in 0..M {
+                        let factor = s.mul(factor, s.splat(*sa.add(n)));
+                        self.y[n] = s.fma(s.to_f32(dots[n]), factor, self.y[n]);
+                    }
+                }
+                Offset::Zero => {
+                    let zero = scale.zero(s, layout, panel, block);
+                    for n in 0..M {
+                        let shift = s.mul_i32(zero, s.splat_i32(*sums.add(n)));
+                        let factor = s.mul(factor, s.splat(*sa.add(n)));
+                        let dot = s.to_f32(s.sub_i32(dots[n], shift));
+                        self.y[n] = s.fma(dot, factor, self.y[n]);
+                    }
+                }
+                Offset::Min => {
+                    let least = Scale::float(s, kind, panel, layout.offset_at, block);
+                    for n in 0..M {
+                        let sa = s.splat(*sa.add(n));
+                        let sum = s.fma(s.to_f32(dots[n]), s.mul(factor, sa), self.y[n]);
+                        let asum = s.splat(*sums.add(n) as f32);
+                        self.y[n] = s.fma(asum, s.mul(least, sa), sum);
+                    }
+                }
+            }
+        }
+    }
+
+    /// After the blocks of super-block `sup`.
+    ///
+    /// # Safety
+    /// As [`Running::block`].
+    #[inline(always)]
+    pub(super) unsafe fn settle(
+        &mut self,
+        s: S,
+        scale: &Scale,
+        layout: &KLayout,
+        panel: *const u8,
+        tile: &Tile,
+        sup: usize,
+    ) {
+        let Kind::Super { min, .. } = scale.kind else {
+            return;
+        };
+        let per = SUPER / scale.block;
+        let blocks = sup * per..layout.blocks.min(sup * per + per);
+        // SAFETY: as in `block`.
+        unsafe {
+            let wide = panel.add(sup * layout.wide_bytes);
+            let d = s.load_f16(sixteen(wide));
+            let sa = tile.scales.add(sup * M);
+            for n in 0..M {
+                let d = s.mul(d, s.splat(*sa.add(n)));
+                self.y[n] = s.fma(s.to_f32(self.isum[n]), d, self.y[n]);
+                self.isum[n] = s.splat_i32(0);
+            }
+            if min {
+                for block in blocks {
+                    let least = scale.sub_min(s, layout, panel, block);
+                    let sums = tile
+                        .sums
+                        .wrapping_add(sum_index(tile, scale.block, block) * M);
+                    for n in 0..M {
+                        let asum = s.splat_i32(*sums.add(n));
+                        self.isum[n] = s.add_i32(self.isum[n], s.mul_i32(least, asum));
+                    }
+                }
+                let dmin = s.load_f16(sixteen(wide.add(32)));
+                for n in 0..M {
+                    let dmin = s.neg(s.mul(dmin, s.splat(*sa.add(n))));
+                    self.y[n] = s.fma(s.to_f32(self.isum[n]), dmin, self.y[n]);
+                    self.isum[n] = s.splat_i32(0);
+                }
+            }
+        }
+    }
+}
+
 /// Where the dot products of block `block` of `inputs` inputs start.
 ///
 /// # Safety
@@ -192,7 +415,6 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
         let per = SUPER / scale.block;
         let (first, blocks) = (sup * per, per.min(layout.blocks - sup * per));
         let m = y.len();
-        let row = |j: usize| (first + j) * LANES;
         let sums = tile
             .sums
             .wrapping_add(sum_index(tile, scale.block, first) * m);
@@ -207,7 +429,6 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
         );
         // SAFETY: all sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
         unsafe {
-            let (fine, more) = (panel.add(layout.fine_at), panel.add(layout.offset_at));
             match scale.kind {
                 Kind::Wide => {
                     let sw = s.load_bf16(sixteen(panel.add(sup * layout.wide_bytes)));
@@ -221,19 +442,16 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
                     offset,
                 } => {
                     for j in 0..blocks {
-                        factors[j].write(load_scale(s, kind, fine.add(row(j) * kind.size())));
+                        let block = first + j;
+                        factors[j].write(Scale::float(s, kind, panel, layout.fine_at, block));
                         match offset {
                             Offset::None => {}
                             Offset::Min => {
-                                minima[j].write(load_scale(
-                                    s,
-                                    kind,
-                                    more.add(row(j) * kind.size()),
-                                ));
+                                let least = Scale::float(s, kind, panel, layout.offset_at, block);
+                                minima[j].write(least);
                             }
                             Offset::Zero => {
-                                let zero = s.load_u8(sixteen(more.add(row(j))));
-                                offsets[j].write(s.sub_i32(zero, s.splat_i32(scale.zero_shift)));
+                                offsets[j].write(scale.zero(s, layout, panel, block));
                             }
                         }
                     }
@@ -261,19 +479,11 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
                         y[n] = sum;
                     }
                 }
-                Kind::Super { sub, min } => {
+                Kind::Super { min, .. } => {
                     for j in 0..blocks {
-                        let at = fine.add(row(j));
-                        subs[j].write(match sub {
-                            SubScale::U8 => s.load_u8(sixteen(at)),
-                            SubScale::I8 => s.load_i8(sixteen(at)),
-                            SubScale::U4 => s.and_i32(s.load_u8(sixteen(at)), s.splat_i32(15)),
-                        });
+                        subs[j].write(scale.sub(s, layout, panel, first + j));
                         if min {
-                            offsets[j].write(match sub {
-                                SubScale::U4 => s.shr_i32(s.load_u8(sixteen(at)), 4),
-                                _ => s.load_u8(sixteen(more.add(row(j)))),
-                            });
+                            offsets[j].write(scale.sub_min(s, layout, panel, first + j));
                         }
                     }
                     let wide = panel.add(sup * layout.wide_bytes);

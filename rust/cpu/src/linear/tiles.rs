@@ -11,7 +11,7 @@ use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
 use super::codes::{Decode, Decoder, Panels, with_decode};
-use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
+use super::scales::{BLOCKS, Running, Scale, Settle, settle_wide, start};
 use crate::acts::{Acts, Tile};
 
 /// Super-blocks of a slab when there is one tile: 8 KiB of int8 a panel.
@@ -232,6 +232,25 @@ struct Job<'a> {
 /// Finds the kernel for the number of tokens and the scale kind.
 #[inline(always)]
 fn multiply<S: Simd>(s: S, job: Job<'_>) {
+    macro_rules! full {
+        ($m:literal) => {
+            match (job.scale.unrolled(), job.scale.has_subs()) {
+                (16, true) => s.run(Full::<S, $m, 16, true>(s, job)),
+                (16, false) => s.run(Full::<S, $m, 16, false>(s, job)),
+                (32, true) => s.run(Full::<S, $m, 32, true>(s, job)),
+                (32, false) => s.run(Full::<S, $m, 32, false>(s, job)),
+                (_, true) => s.run(Full::<S, $m, 64, true>(s, job)),
+                (_, false) => s.run(Full::<S, $m, 64, false>(s, job)),
+            }
+        };
+    }
+    if job.scale.wants_sums() && job.tile.padded == S::TILE {
+        match S::TILE {
+            4 if const { S::TILE == 4 } => return full!(4),
+            12 if const { S::TILE == 12 } => return full!(12),
+            _ => {}
+        }
+    }
     macro_rules! tokens {
         ($m:literal) => {
             match job.scale.unrolled() {
@@ -338,6 +357,53 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                     job.out.part(job.first + n, job.panel + p)
                 });
             }
+        }
+    }
+}
+
+/// A full tile of tokens under scales of blocks: results and sums stay in registers.
+struct Full<'a, S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool>(S, Job<'a>);
+
+impl<S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
+    for Full<'_, S, M, BLOCK, SUBS>
+{
+    type Output = ();
+    #[inline(always)]
+    fn eval<T: Simd>(self, _: T) {
+        let Self(s, job) = self;
+        let (scale, tile, layout) = (job.scale, job.tile, job.source.layout);
+        let block = if BLOCK < 64 { BLOCK } else { scale.block };
+        let panel = job.source.at(job.panel);
+        let mut y = [s.splat(0.0); M];
+        if job.supers.start > 0 {
+            for n in 0..tile.tokens.min(M) {
+                // SAFETY: what the part before stored.
+                y[n] = s.load_part(unsafe { job.out.part(job.first + n, job.panel) });
+            }
+        }
+        let mut weights = job.weights;
+        let mut running = Running::new(s, y);
+        for sup in job.supers {
+            let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
+            for input in (sup * SUPER..end).step_by(block) {
+                let groups = input / 4..(input + block).min(end) / 4;
+                // SAFETY: the decoded part and the tile hold this block, the panel its scales.
+                unsafe {
+                    let mut dots = [start::<S, M>(s, tile, block, input / block)];
+                    s.product([weights], tile.data, groups.clone(), &mut dots);
+                    weights = weights.add(groups.len() * S::WEIGHT_BYTES);
+                    let index = input / block;
+                    running.block::<SUBS>(s, scale, layout, panel, tile, index, &dots[0]);
+                }
+            }
+            // SAFETY: as above.
+            unsafe { running.settle(s, scale, layout, panel, tile, sup) }
+        }
+        for n in 0..tile.tokens.min(M) {
+            // SAFETY: `Matrix::run` has this part of the output to itself.
+            s.store_part(running.y[n], unsafe {
+                job.out.part(job.first + n, job.panel)
+            });
         }
     }
 }

@@ -5,6 +5,8 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use crate::Simd;
+#[cfg(target_arch = "aarch64")]
+use crate::isa::neon::{Neon, NeonI8mm};
 use crate::isa::scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{
@@ -82,6 +84,10 @@ impl Isa {
             Self::Avx512Vbmi => Avx512Vbmi::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Amx => Amx::new().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => Neon::new().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => NeonI8mm::new().is_some(),
             _ => false,
         }
     }
@@ -183,6 +189,10 @@ pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
         Isa::Amx if const { O::TILES } => on::<Amx, O>(isa, op),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vbmi | Isa::Amx => on::<Avx512Vbmi, O>(isa, op),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => on::<Neon, O>(isa, op),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => on::<NeonI8mm, O>(isa, op),
         #[allow(
             unreachable_patterns,
             reason = "which arms exist depends on the target"

@@ -1,11 +1,13 @@
 """kbit beside llama.cpp and mistral.rs on the same machine, in one run.
 
-    python benches/compare.py                        everything for the 1B shape; writes benches/results/<date>-<cpu>.md
-    python benches/compare.py --shape 0.5B --rounds 5
+    python benches/compare.py                                        everything for the 1B shape, about 20 minutes
+    python benches/compare.py --shape 0.5B --bits 4 --only widths isas     about 4 minutes
 
-Random weights of a real shape are written once as a Hugging Face directory and as GGUF; kbit quantises the one, llama-quantize the
-other. Engines run one after the other in every round, so that a slow minute of the machine hits all of them, and the best round
-counts for each. A peer that is missing or fails ends the run. Use an idle machine: it needs about 20 GB of disk and 8 GB of memory.
+writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory and as GGUF;
+kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp (an hour on 4 cores). Engines run one after the
+other in every round, so that a slow minute of the machine hits all of them, and the best round counts for each figure. A peer that
+cannot be had ends the run; a measurement that fails or takes too long is "failed" in the table, its reason stands below, and the
+exit code is 1. Use an idle machine: it needs about 20 GB of disk and 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -17,66 +19,23 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import peers
 import shapes
+from ours import BATCHES, DEPTH
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 NEAREST = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_0", 5: "Q5_K_M", 6: "Q6_K", 7: "Q8_0", 8: "Q8_0"}
 SAME_FILE = ("Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
-BATCHES = (1, 2, 4, 8, 16)
-DEPTH = 4096
+DEEP_ROUNDS = 2
+"""Rounds of what is measured at depth: every one reads 4096 tokens several times."""
 
-# One measurement of kbit in a fresh process, as a peer's program is: argv = model, threads, what.
-CHILD = """
-import json, resource, sys, time
-start = time.perf_counter()
-import numpy as np, kbit
-path, threads, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-model = kbit.load(path, threads=threads, context=8192)
-loaded = time.perf_counter()
-engine, rng = model.engine, np.random.default_rng(1)
-def run(prompts, new):
-    requests = [engine.submit(rng.integers(300, 2000, n, dtype=np.uint32), max_new_tokens=new, temperature=0.0) for n in prompts]
-    made = [0] * len(requests)
-    for i, r in enumerate(requests):
-        while (tokens := r.wait(10.0)) is not None:
-            made[i] += len(tokens)
-    assert made == [new] * len(requests), made
-    return requests
-out = {"load": loaded - start, "bits": model.bits_per_weight, "nbytes": model.nbytes}
-r = run([8], 1)
-out["first_token"] = time.perf_counter() - start
-if what == "speed":
-    run([64], 8)
-    out["prefill"] = 512 / run([512], 1)[0].prompt_seconds
-    out["decode"] = 128 / run([8], 129)[0].decode_seconds
-elif what == "depth":
-    near = run([DEPTH], 129)[0]
-    far = run([DEPTH + 512], 1)[0]
-    out["decode"] = 128 / near.decode_seconds
-    out["prefill"] = 512 / (far.prompt_seconds - near.prompt_seconds)
-elif what.startswith("batch"):
-    n = int(what[5:])
-    run([16] * n, 4)
-    out["decode"] = max(64 * n / max(r.decode_seconds for r in run([16] * n, 65)) for _ in range(2))
-out["isa"], out["peak"] = kbit.isa(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-out["cache"] = engine.stats().get("cache_bytes", 0)
-print(json.dumps(out))
-""".replace("DEPTH", str(DEPTH))
-
-
-def kbit(model: Path, threads: int, what: str, isa: str = "") -> dict[str, float]:
-    """One measurement in a process of its own."""
-    env = os.environ | {"KBIT_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", CHILD, model, str(threads), what], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"compare: kbit failed on {model} ({what}, {isa or 'best'}):\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+Measures = dict[str, float]
 
 
 @dataclass
@@ -84,43 +43,96 @@ class Row:
     """One engine on one file: the best of every figure over the rounds."""
 
     name: str
-    measure: Callable[[], dict[str, float]]
-    best: dict[str, float] = field(default_factory=dict)
+    measure: Callable[[], Measures]
+    rounds: int
+    best: Measures = field(default_factory=dict)
+    failed: str = ""
 
     def again(self) -> None:
         """Another round; rates keep their largest value, times and sizes their smallest."""
-        for key, value in self.measure().items():
-            if isinstance(value, str):
-                continue
-            small = key in {"load", "first_token", "peak"}
+        try:
+            measured = self.measure()
+        except peers.Failed as error:
+            self.failed = str(error)
+            return
+        for key, value in measured.items():
+            small = key in {"load", "first_token", "peak", "read"}
             old = self.best.get(key)
             self.best[key] = value if old is None else (min if small else max)(old, value)
 
-
-def interleave(rows: list[Row], rounds: int, title: str) -> None:
-    """Run every row once a round."""
-    for turn in range(rounds):
-        for row in rows:
-            print(f"\r\x1b[K{title}: round {turn + 1}/{rounds}, {row.name}", end="", file=sys.stderr, flush=True)
-            row.again()
-    print("\r\x1b[K", end="", file=sys.stderr)
+    def __getitem__(self, key: str) -> float:
+        """A figure; not a number where there is none."""
+        return float("nan") if self.failed else self.best.get(key, float("nan"))
 
 
-def machine(threads: int) -> list[str]:
-    """Processor, instruction sets, compiler-independent facts for the head of the table."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor())
-    flags = set(next((line.split(":")[1].split() for line in info.splitlines() if line.startswith("flags")), []))
-    wanted = ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "amx_bf16"]
-    has, lacks = [f for f in wanted if f in flags], [f for f in wanted if f not in flags]
-    return [f"{model}, {os.cpu_count()} cores, {threads} threads; has {' '.join(has)}; lacks {' '.join(lacks)}"]
+@dataclass
+class Bench:
+    """What all parts share: files, peers, and the rows, each measured once a round whoever shows it."""
+
+    shape: shapes.Shape
+    saved: dict[int, Path]
+    files: dict[str, Path]
+    peer: peers.Peers
+    threads: int
+    rounds: int
+    timeout: float
+    rows: dict[str, Row] = field(default_factory=dict)
+    bandwidth: float = 0.0
+    """GB/s, and TOPS: what the machine can do."""
+    peak: float = 0.0
+
+    def row(self, name: str, measure: Callable[[], Measures], rounds: int = 99) -> Row:
+        """The row of that name."""
+        return self.rows.setdefault(name, Row(name, measure, min(rounds, self.rounds)))
+
+    def kbit(self, name: str, model: Path, what: str = "speed", isa: str = "", rounds: int = 99) -> Row:
+        """kbit in a process of its own; see `ours.py`."""
+
+        def measure() -> Measures:
+            script = Path(__file__).with_name("ours.py")
+            ran = peers.run(sys.executable, script, model, str(self.threads), what, str(time.time()),
+                            timeout=self.timeout, env={"KBIT_ISA": isa})  # fmt: skip
+            found = json.loads(ran.output.splitlines()[-1])
+            return {key: value for key, value in found.items() if not isinstance(value, str)}
+
+        return self.row(name, measure, rounds)
+
+    def llama(self, kind: str, variant: str = "native") -> Row:
+        """llama.cpp on the file of type `kind`; variant: native, avx2, no_amx."""
+        binaries: Path = getattr(self.peer, variant)
+        if binaries == self.peer.native:
+            variant = "native"
+        name = f"llama.cpp {kind}" + {"native": "", "avx2": ", AVX2 build", "no_amx": ", built without AMX"}[variant]
+        return self.row(name, lambda: peers.llama_bench(binaries, self.files[kind], self.threads, self.timeout))
+
+    def measure(self) -> None:
+        """Every row once a round."""
+        most = max(row.rounds for row in self.rows.values())
+        for turn in range(most):
+            for row in self.rows.values():
+                if turn < row.rounds and not row.failed:
+                    start = time.monotonic()
+                    row.again()
+                    note = f"failed: {row.failed}" if row.failed else f"{time.monotonic() - start:.1f} s"
+                    print(f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True)
+
+    def limits(self) -> None:
+        """Measures the machine; the best so far counts."""
+        ran = peers.run(sys.executable, "-m", "kbit", "bench", "--repeat", "1", "--limits", "--threads", str(self.threads), "--json",
+                        timeout=self.timeout)  # fmt: skip
+        found = json.loads(ran.output)["limits"]
+        self.bandwidth = max(self.bandwidth, found["read_bytes_per_second"] / 1e9)
+        self.peak = max(self.peak, found["int8_operations_per_second"] / 1e12)
 
 
-def limits(threads: int) -> dict[str, float]:
-    """Read bandwidth (GB/s) and integer peak (TOPS) as `kbit bench --limits` measures them."""
-    out = subprocess.run([sys.executable, "-m", "kbit", "bench", "--limits", "--threads", str(threads), "--json"],
-                         capture_output=True, text=True, check=True).stdout  # fmt: skip
-    return dict(json.loads(out))
+def n(value: float, digits: int = 0) -> str:
+    """A figure of the table."""
+    return "failed" if value != value else f"{value:.{digits}f}"
+
+
+def percent(value: float) -> str:
+    """A share."""
+    return "failed" if value != value else f"{100 * value:.0f} %"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -128,116 +140,218 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows), ""]
 
 
-def main() -> None:
-    """Run it."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--shape", choices=sorted(shapes.SHAPES), default="1B")
-    ask.add_argument("--threads", type=int, default=min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
-    ask.add_argument("--rounds", type=int, default=3)
-    ask.add_argument("--bits", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS)
-    ask.add_argument("--only", nargs="*", choices=["widths", "files", "isas", "depth", "batch"], help="parts of the comparison; default: all")
-    ask.add_argument("--cache", type=Path, default=ROOT / ".cache/compare", help="where peers and models are kept")
-    ask.add_argument("--output", type=Path, help="default: benches/results/<date>-<shape>.md")
-    args = ask.parse_args()
-    parts = set(args.only or ["widths", "files", "isas", "depth", "batch"])
-    threads, shape = args.threads, shapes.SHAPES[args.shape]
+Render = Callable[[], list[str]]
 
+
+def widths(b: Bench) -> Render:
+    """Every width against the type of nearest size, and k = 4 against the rest."""
+    ours = {bits: b.kbit(f"kbit {bits} bits", path) for bits, path in b.saved.items()}
+    theirs = {kind: b.llama(kind) for kind in sorted({NEAREST[bits] for bits in b.saved} | {"Q4_0", "Q4_K_M"})}
+    starts = {k: b.row(f"llama.cpp {k}, start", lambda k=k: peers.llama_start(b.peer.native, b.files[k], b.threads, b.timeout)) for k in theirs}
+    rust = b.row("mistral.rs Q4_K_M", lambda: peers.mistral(b.peer, b.files["Q4_K_M"], b.threads, "speed", b.timeout))
+    reads = {bits: b.kbit(f"reading the file of {bits} bits", path, "read") for bits, path in b.saved.items()}
+    bare = {bits: b.kbit(f"kbit {bits} bits without a tokenizer", without_tokenizer(path), "start") for bits, path in b.saved.items()}
+
+    def render() -> list[str]:
+        base = ours.get(4, next(iter(ours.values())))
+        out = ["## Every width", "", "Prefill of 512 tokens, decode of 128, tokens/s.", ""]
+        rows = []
+        for bits, row in ours.items():
+            them, size = theirs[NEAREST[bits]], b.files[NEAREST[bits]].stat().st_size
+            relative = base["decode"] * base["nbytes"] / (row["decode"] * row["nbytes"])
+            rows.append([str(bits), n(row["bits"], 2), n(row["nbytes"] / 1e6), n(row["prefill"]),
+                         percent(row["prefill"] * b.shape.operations() / 1e12 / b.peak), n(row["decode"], 1),
+                         percent(row["decode"] * row["nbytes"] / 1e9 / b.bandwidth), n(relative, 2), NEAREST[bits], n(size / 1e6),
+                         n(them["prefill"]), n(them["decode"], 1), n(row["prefill"] / them["prefill"], 2),
+                         n(row["decode"] / them["decode"], 2)])  # fmt: skip
+        out += table(["k", "bits/weight", "MB", "prefill", "of int8 peak", "decode", "of bandwidth", "time a byte (k = 4: 1)", "llama.cpp type", "MB",
+                      "prefill", "decode", "prefill ratio", "decode ratio"], rows)  # fmt: skip
+        if 4 in ours:
+            four = ours[4]
+            out += table(["k = 4 against", "prefill", "decode", "prefill ratio", "decode ratio"],
+                         [[r.name, n(r["prefill"]), n(r["decode"], 1), n(four["prefill"] / r["prefill"], 2), n(four["decode"] / r["decode"], 2)]
+                          for r in (theirs["Q4_0"], theirs["Q4_K_M"], rust)])  # fmt: skip
+        kv = b.shape.kv_bytes() * (512 + 1)
+        rows = []
+        for bits, row in ours.items():
+            read, ids = reads[bits], bare[bits]
+            rows.append([row.name, n(ids["load"], 2), n(read["read"], 2), n(ids["load"] / read["read"], 2), n(row["load"], 2), n(ids["first_token"], 2),
+                         n(row["first_token"], 2), n(row["peak"] / 1e6), n(row["peak"] / (read["file"] + kv), 2)])  # fmt: skip
+        for kind, row in theirs.items():
+            size = b.files[kind].stat().st_size
+            rows.append([row.name, "", "", "", "", n(starts[kind]["first_token"], 2), "", n(row["peak"] / 1e6), n(row["peak"] / (size + kv), 2)])
+        size = b.files["Q4_K_M"].stat().st_size
+        rows.append([rust.name, "", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), n(rust["peak"] / 1e6), n(rust["peak"] / (size + kv), 2)])
+        out += ["## Load and memory", "", f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Peak memory is that of the row above.", ""]
+        out += table(["", "load", "reading the file", "ratio", "load with tokenizer", "process start to first token from ids", "with tokenizer",
+                      "peak MB", "of file + KV"], rows)  # fmt: skip
+        return out
+
+    return render
+
+
+def files(b: Bench) -> Render:
+    """kbit and llama.cpp on the same GGUF files."""
+    pairs = [(kind, b.kbit(f"kbit on {kind}", b.files[kind]), b.llama(kind)) for kind in SAME_FILE]
+
+    def render() -> list[str]:
+        return ["## The same GGUF file", "", *table(
+            ["type", "kbit prefill", "decode", "of bandwidth", "llama.cpp prefill", "decode", "prefill ratio", "decode ratio"],
+            [[kind, n(x["prefill"]), n(x["decode"], 1), percent(x["decode"] * x["nbytes"] / 1e9 / b.bandwidth), n(y["prefill"]), n(y["decode"], 1),
+              n(x["prefill"] / y["prefill"], 2), n(x["decode"] / y["decode"], 2)] for kind, x, y in pairs])]  # fmt: skip
+
+    return render
+
+
+def isas(b: Bench) -> Render:
+    """k = 4 on older instruction sets against builds of llama.cpp for them."""
+    found = json.loads(peers.run(sys.executable, "-c", "import kbit, json; print(json.dumps(kbit.isas()))", timeout=b.timeout).output)
+    rows = [(isa, variant, b.kbit(f"kbit 4 bits, {isa}", b.saved[4], isa=isa) if isa in found else None, b.llama("Q4_0", variant))
+            for isa, variant in (("amx", "native"), ("avx512vbmi", "no_amx"), ("avx2", "avx2"))]  # fmt: skip
+
+    def render() -> list[str]:
+        lines = []
+        for isa, _, x, y in rows:
+            if x is None:
+                lines.append([isa, "not measured", "", y.name, n(y["prefill"]), n(y["decode"], 1), "", ""])
+            else:
+                lines.append([isa, n(x["prefill"]), n(x["decode"], 1), y.name, n(y["prefill"]), n(y["decode"], 1), n(x["prefill"] / y["prefill"], 2),
+                              n(x["decode"] / y["decode"], 2)])  # fmt: skip
+        head = ["KBIT_ISA", "prefill", "decode", "against", "prefill", "decode", "prefill ratio", "decode ratio"]
+        return ["## Instruction sets, k = 4 against Q4_0", "", *table(head, lines)]
+
+    return render
+
+
+def depth(b: Bench) -> Render:
+    """Prefill of 512 and decode of 128 behind 4096 tokens."""
+
+    def llama(flash: str) -> Measures:
+        return peers.llama_bench(b.peer.native, b.files["Q4_0"], b.threads, b.timeout, depth=DEPTH, flash=flash)
+
+    ours = b.kbit("kbit 4 bits at depth", b.saved[4], "depth", rounds=DEEP_ROUNDS)
+    theirs = [
+        b.row("llama.cpp Q4_0 at depth, flash attention", lambda: llama("on"), DEEP_ROUNDS),
+        b.row("llama.cpp Q4_0 at depth, no flash attention", lambda: llama("off"), DEEP_ROUNDS),
+        b.row("mistral.rs Q4_K_M at depth", lambda: peers.mistral(b.peer, b.files["Q4_K_M"], b.threads, "depth", b.timeout), DEEP_ROUNDS),
+    ]
+
+    def render() -> list[str]:
+        share = ours["decode"] * (ours["nbytes"] + b.shape.kv_bytes() * (DEPTH + 64)) / 1e9 / b.bandwidth
+        return [f"## At depth {DEPTH}", "", f"kbit's decode reads weights and keys and values at {percent(share)} of the bandwidth.", "", *table(
+            ["", "prefill 512", "decode 128", "kbit's prefill ratio", "decode ratio"],
+            [[r.name, n(r["prefill"]), n(r["decode"], 1), n(ours["prefill"] / r["prefill"], 2), n(ours["decode"] / r["decode"], 2)]
+             for r in (ours, *theirs)])]  # fmt: skip
+
+    return render
+
+
+def batch(b: Bench) -> Render:
+    """Several sequences together."""
+    rows = [
+        b.kbit("kbit 4 bits, batches", b.saved[4], "batch"),
+        b.kbit("kbit 4 bits, batches, avx2", b.saved[4], "batch", "avx2"),
+        b.row("llama.cpp Q4_0, batches", lambda: peers.llama_batch(b.peer.native, b.files["Q4_0"], b.threads, BATCHES, b.timeout)),
+    ]
+
+    def render() -> list[str]:
+        lines = []
+        for row in rows:
+            rates = [row[f"batch{size}"] for size in BATCHES]
+            lines.append([row.name, *(f"{n(x)} ({n(x / rates[0], 2)})" for x in rates)])
+        head = ["", *map(str, BATCHES)]
+        return ["## Batched decode, k = 4 against Q4_0: all tokens/s (times one sequence)", "", *table(head, lines)]
+
+    return render
+
+
+PARTS = {"widths": widths, "files": files, "isas": isas, "depth": depth, "batch": batch}
+
+
+def without_tokenizer(saved: Path) -> Path:
+    """The same saved model without its tokenizer, for what starts from token ids."""
+    to = saved.with_name(saved.name + "-ids")
+    to.mkdir(exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        if not (to / name).exists():
+            (to / name).hardlink_to(saved / name)
+    return to
+
+
+def machine(threads: int) -> str:
+    """Processor, instruction sets and the commit that is measured."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in reversed(info.splitlines()) if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    flags = facts.get("flags", "").split()
+    wanted = ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "amx_bf16"]
+    has, lacks = [f for f in wanted if f in flags], [f for f in wanted if f not in flags]
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    return (f"{facts.get('model name', platform.processor())} (family {facts.get('cpu family')}, model {facts.get('model')}), {os.cpu_count()} cores, "
+            f"{threads} threads; has {' '.join(has)}; lacks {' '.join(lacks) or 'none of those asked for'}. kbit {commit or 'outside git'}.")  # fmt: skip
+
+
+def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
+    """Peers and every file the parts need."""
     peer = peers.get(args.cache, jobs=os.cpu_count() or 1)
-    source = args.cache / args.shape
-    subprocess.run([peer.python, "-c", "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import shapes; s = shapes.SHAPES[sys.argv[2]];"
-                    "p = pathlib.Path(sys.argv[3]); shapes.write_directory(s, p); shapes.write_gguf(s, p.with_name(p.name + '-bf16.gguf'))",
-                    str(Path(__file__).parent), args.shape, str(source)], check=True)  # fmt: skip
+    source: Path = args.cache / args.shape
+    print("weights", file=sys.stderr, flush=True)
+    peers.run(peer.python, Path(__file__).with_name("shapes.py"), args.shape, args.cache, timeout=3600)
     gguf = source.with_name(source.name + "-bf16.gguf")
     saved = {}
     for bits in args.bits:
         saved[bits] = args.cache / f"{args.shape}-kbit{bits}"
         if not saved[bits].exists():
-            subprocess.run([sys.executable, "-m", "kbit", "quantize", str(source), str(saved[bits]), "--bits", str(bits)], check=True)
-    files = {kind: peers.quantised(peer, gguf, kind) for kind in sorted({*NEAREST.values(), *SAME_FILE})}
-
-    before = limits(threads)
-    report = [f"# {args.shape} shape, {datetime.date.today()}", "", *machine(threads), "", *peer.notes]
-    report += [f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds; tokens/s.", ""]
-    bandwidth = before["read_gbs"]
-
+            print(f"quantising to {bits} bits", file=sys.stderr, flush=True)
+            peers.run(sys.executable, "-m", "kbit", "quantize", source, saved[bits], "--bits", str(bits), timeout=3600)
+    kinds = {"Q4_0", "Q4_K_M"}
     if "widths" in parts:
-        ours = {b: Row(f"kbit {b} bits", lambda b=b: kbit(saved[b], threads, "speed")) for b in args.bits}
-        theirs = {k: Row(f"llama.cpp {k}", lambda k=k: peers.llama_bench(peer.native, files[k], threads)) for k in sorted(set(NEAREST.values()))}
-        extra = Row("llama.cpp Q4_K_M", lambda: peers.llama_bench(peer.native, files["Q4_K_M"], threads))
-        rust = Row("mistral.rs Q4_K_M", lambda: peers.mistral(peer, files["Q4_K_M"], threads))
-        interleave([*ours.values(), *theirs.values(), extra, rust], args.rounds, "widths")
-        rows = []
-        for b, row in ours.items():
-            got, them = row.best, theirs[NEAREST[b]].best
-            share = got["decode"] * got["nbytes"] / 1e9 / bandwidth
-            rows.append([str(b), f"{got['bits']:.2f}", f"{got['nbytes'] / 1e6:.0f}", f"{got['prefill']:.0f}", f"{got['decode']:.1f}",
-                         f"{100 * share:.0f} %", NEAREST[b], f"{files[NEAREST[b]].stat().st_size / 1e6:.0f}", f"{them['prefill']:.0f}",
-                         f"{them['decode']:.1f}", f"{got['prefill'] / them['prefill']:.2f}", f"{got['decode'] / them['decode']:.2f}"])  # fmt: skip
-        report += ["## Every width", "", f"Read bandwidth {bandwidth:.1f} GB/s. Prefill 512, decode 128.", ""]
-        report += table(["k", "bits/weight", "MB", "prefill", "decode", "of bandwidth", "llama.cpp type", "MB", "prefill", "decode",
-                         "prefill ratio", "decode ratio"], rows)  # fmt: skip
-        if 4 in ours:
-            four = ours[4].best
-            report += table(["k = 4 against", "prefill", "decode", "prefill ratio", "decode ratio"],
-                            [[r.name, f"{r.best['prefill']:.0f}", f"{r.best['decode']:.1f}", f"{four['prefill'] / r.best['prefill']:.2f}",
-                              f"{four['decode'] / r.best['decode']:.2f}"] for r in (theirs["Q4_0"], extra, rust)])  # fmt: skip
-        rows = [[f"kbit {b}", f"{r.best['load']:.2f}", f"{r.best['first_token']:.2f}", f"{r.best['peak'] / 1e6:.0f}",
-                 f"{r.best['peak'] / (r.best['nbytes'] + r.best['cache']):.2f}"] for b, r in ours.items()]  # fmt: skip
-        rows.append(["mistral.rs Q4_K_M", f"{rust.best['load']:.2f}", "", "", ""])
-        report += ["## Load and memory", "", *table(["", "load s", "process start to first token s", "peak MB", "of weights + KV"], rows)]
-
+        kinds |= {NEAREST[bits] for bits in args.bits}
     if "files" in parts:
-        pairs = [(k, Row(f"kbit on {k}", lambda k=k: kbit(files[k], threads, "speed")),
-                  Row(f"llama.cpp {k}", lambda k=k: peers.llama_bench(peer.native, files[k], threads))) for k in SAME_FILE]  # fmt: skip
-        interleave([row for _, a, b in pairs for row in (a, b)], args.rounds, "same files")
-        report += ["## The same GGUF file", ""]
-        report += table(["type", "kbit prefill", "decode", "llama.cpp prefill", "decode", "prefill ratio", "decode ratio"],
-                        [[k, f"{a.best['prefill']:.0f}", f"{a.best['decode']:.1f}", f"{b.best['prefill']:.0f}", f"{b.best['decode']:.1f}",
-                          f"{a.best['prefill'] / b.best['prefill']:.2f}", f"{a.best['decode'] / b.best['decode']:.2f}"] for k, a, b in pairs])  # fmt: skip
+        kinds |= set(SAME_FILE)
+    found = {kind: peers.quantised(peer, gguf, kind) for kind in sorted(kinds)}
+    return Bench(shapes.SHAPES[args.shape], saved, found, peer, args.threads, args.rounds, args.timeout)
 
-    if "isas" in parts and 4 in args.bits:
-        sets = json.loads(subprocess.run([sys.executable, "-c", "import kbit, json; print(json.dumps(kbit.isas()))"], capture_output=True,
-                                         text=True, check=True).stdout)  # fmt: skip
-        rows = []
-        for isa, binaries, against in (("amx", peer.native, "llama.cpp"), ("avx512vbmi", peer.no_amx, "llama.cpp without AMX"),
-                                       ("avx2", peer.avx2, "llama.cpp's AVX2 build")):  # fmt: skip
-            if isa not in sets:
-                rows.append([isa, "not measured", "", against, "", "", "", ""])
-                continue
-            a = Row(f"kbit {isa}", lambda isa=isa: kbit(saved[4], threads, "speed", isa))
-            b = Row(against, lambda binaries=binaries: peers.llama_bench(binaries, files["Q4_0"], threads))
-            interleave([a, b], args.rounds, "instruction sets")
-            rows.append([isa, f"{a.best['prefill']:.0f}", f"{a.best['decode']:.1f}", against, f"{b.best['prefill']:.0f}", f"{b.best['decode']:.1f}",
-                         f"{a.best['prefill'] / b.best['prefill']:.2f}", f"{a.best['decode'] / b.best['decode']:.2f}"])  # fmt: skip
-        report += ["## Instruction sets, k = 4 against Q4_0", ""]
-        report += table(["KBIT_ISA", "prefill", "decode", "against", "prefill", "decode", "prefill ratio", "decode ratio"], rows)
 
-    if "depth" in parts and 4 in args.bits:
-        a = Row("kbit 4", lambda: kbit(saved[4], threads, "depth"))
-        b = Row("llama.cpp Q4_0, flash", lambda: peers.llama_bench(peer.native, files["Q4_0"], threads, depth=DEPTH, flash="on"))
-        c = Row("llama.cpp Q4_0, no flash", lambda: peers.llama_bench(peer.native, files["Q4_0"], threads, depth=DEPTH, flash="off"))
-        interleave([a, b, c], args.rounds, "depth")
-        kv = shape.layers * shape.kv_heads * shape.head_dim * 2 * 2 * DEPTH
-        share = a.best["decode"] * (a.best["nbytes"] + kv) / 1e9 / bandwidth
-        report += [f"## At depth {DEPTH}", "", f"kbit decode reads weights and KV at {100 * share:.0f} % of the bandwidth.", ""]
-        report += table(["", "prefill 512", "decode 128"], [[r.name, f"{r.best['prefill']:.0f}", f"{r.best['decode']:.1f}"] for r in (a, b, c)])
-
-    if "batch" in parts and 4 in args.bits:
-        ours = [Row(f"kbit batch {n}", lambda n=n: kbit(saved[4], threads, f"batch{n}")) for n in BATCHES]
-        slow = [Row(f"kbit avx2 batch {n}", lambda n=n: kbit(saved[4], threads, f"batch{n}", "avx2")) for n in BATCHES]
-        theirs = [Row(f"llama.cpp batch {n}", lambda n=n: {"decode": peers.llama_batch(peer.native, files["Q4_0"], threads, n)}) for n in BATCHES]
-        interleave([row for group in zip(ours, slow, theirs, strict=True) for row in group], args.rounds, "batch")
-        rates = lambda rows: [r.best["decode"] for r in rows]  # noqa: E731
-        report += ["## Batched decode, k = 4 against Q4_0, total tokens/s (times a single sequence)", ""]
-        report += table(["", *map(str, BATCHES)], [[name, *(f"{x:.0f} ({x / r[0]:.2f})" for x in r)] for name, r in
-                        (("kbit", rates(ours)), ("kbit, KBIT_ISA=avx2", rates(slow)), ("llama.cpp Q4_0", rates(theirs)))])  # fmt: skip
-
-    after = limits(threads)
-    report += ["Read bandwidth after the run " + f"{after['read_gbs']:.1f} GB/s."]
-    to = args.output or ROOT / f"benches/results/{datetime.date.today()}-{args.shape}.md"
+def main() -> None:
+    """Run it."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--shape", choices=sorted(shapes.SHAPES), default="1B")
+    ask.add_argument("--threads", type=int, default=min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+    ask.add_argument("--rounds", type=int, default=3, help=f"default 3; at depth at most {DEEP_ROUNDS}")
+    ask.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
+    ask.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the comparison; default: all")
+    ask.add_argument("--timeout", type=float, default=300, help="seconds one measurement may take")
+    ask.add_argument("--cache", type=Path, default=ROOT / ".cache/compare", help="where peers and models are kept")
+    ask.add_argument("--output", type=Path, help="default: benches/results/<date>-<shape>.md")
+    args = ask.parse_args()
+    args.cache = args.cache.absolute()
+    if 4 not in args.bits and set(args.only) - {"widths", "files"}:
+        ask.error("the parts isas, depth and batch are measured with 4 bits: leave 4 in --bits")
+    to: Path = args.output or ROOT / f"benches/results/{datetime.date.today()}-{args.shape}.md"
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text("\n".join(report) + "\n")
+    start = time.monotonic()
+    try:
+        b = prepare(args, args.only)
+        renders = [PARTS[part](b) for part in PARTS if part in args.only]
+        start = time.monotonic()
+        b.limits()
+        b.measure()
+        b.limits()
+    except peers.Failed as error:
+        sys.exit(f"compare: {error}")
+    report = [f"# {args.shape} shape, {datetime.date.today()}", "", machine(args.threads), *b.peer.notes, ""]
+    report += [f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds "
+               f"({min(args.rounds, DEEP_ROUNDS)} at depth), {(time.monotonic() - start) / 60:.0f} minutes.",
+               f"Limits, the better of before and after: memory is read at {b.bandwidth:.1f} GB/s, int8 peaks at {b.peak:.2f} TOPS.", ""]  # fmt: skip
+    for render in renders:
+        report += render()
+    failed = [row for row in b.rows.values() if row.failed]
+    if failed:
+        report += ["## Failed", "", *(f"- {row.name}: `{' '.join(row.failed.split())[:600]}`" for row in failed), ""]
+    to.write_text("\n".join(report))
     print(to.read_text())
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The engines kbit is compared with: llama.cpp (built from the llama-cpp-python source package) and mistral.rs (its wheel).
 
-A peer that cannot be had raises: a comparison without it fails rather than growing a shorter table.
+A peer that cannot be had ends the run; one that gives no measurement is `Failed`, so that a table is never silently shorter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +38,57 @@ class Peers:
     notes: tuple[str, ...]
 
 
-def _run(*command: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"peers: {' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
+class Failed(Exception):
+    """An engine gave no measurement; the text says why."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A program that ended well."""
+
+    output: str
+    seconds: float
+    peak: int
+    """Bytes resident at most."""
+
+
+def run(*command: str | Path, timeout: float, env: dict[str, str] | None = None) -> Ran:
+    """Runs a program to its end, or to `timeout` seconds.
+
+    Raises:
+        Failed: It cannot be started, takes longer, or ends with an error.
+    """
+    words = [str(c) for c in command]
+    name = " ".join(word for word in words if "\n" not in word)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        try:
+            child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=os.environ | (env or {}))
+        except OSError as error:
+            raise Failed(f"{name}: {error}") from None
+        ended = threading.Timer(timeout, child.kill)
+        ended.start()
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            ended.cancel()
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if seconds >= timeout:
+            raise Failed(f"{name} took more than {timeout:g} s")
+        out.seek(0)
+        text = out.read()
+        if child.returncode:
+            err.seek(0)
+            raise Failed(f"{name} ended with {child.returncode}: {text[-1000:]}{err.read()[-2000:]}")
+        return Ran(text, seconds, usage.ru_maxrss * 1024)
+
+
+def _run(*command: str | Path) -> str:
+    return run(*command, timeout=7200).output
 
 
 def _has_amx() -> bool:
@@ -94,7 +144,7 @@ def get(cache: Path, jobs: int) -> Peers:
     tools = cache / "venv/bin"
     if not tools.exists():
         _run(sys.executable, "-m", "venv", cache / "venv")
-    _run(tools / "python", "-m", "pip", "install", "-q", *PACKAGES)
+    _run(tools / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES)
     archive = cache / f"llama_cpp_python-{LLAMA_CPP}.tar.gz"
     if not archive.exists():
         _run(tools / "python", "-m", "pip", "download", "-q", "--no-deps",
@@ -128,48 +178,69 @@ def quantised(peers: Peers, source: Path, kind: str) -> Path:
     return to
 
 
-def llama_bench(binaries: Path, model: Path, threads: int, *, depth: int = 0, flash: str = "auto") -> dict[str, float]:
+def llama_bench(binaries: Path, model: Path, threads: int, timeout: float, *, depth: int = 0, flash: str = "auto") -> dict[str, float]:
     """Tokens/s of 512 prompt tokens and of 128 generated ones after `depth` tokens, one repetition after a warm-up."""
-    out = _run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", "512", "-n", "128", "-d", str(depth), "-fa", flash,
-               "-r", "1", "-o", "json")  # fmt: skip
-    rows = json.loads(out)
+    ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", "512", "-n", "128", "-d", str(depth), "-fa", flash,
+              "-r", "1", "-o", "json", timeout=timeout)  # fmt: skip
+    rows = json.loads(ran.output)
     return {
         "prefill": next(r["avg_ts"] for r in rows if r["n_prompt"]),
         "decode": next(r["avg_ts"] for r in rows if r["n_gen"]),
+        "peak": ran.peak,
     }
 
 
-def llama_batch(binaries: Path, model: Path, threads: int, batch: int) -> float:
-    """Generated tokens/s of `batch` sequences together."""
-    out = _run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(batch * 160), "-npp", "16", "-ntg", "64",
-               "-npl", str(batch), "--output-format", "jsonl")  # fmt: skip
-    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return float(rows[-1]["speed_tg"])
+def llama_start(binaries: Path, model: Path, threads: int, timeout: float) -> dict[str, float]:
+    """Seconds of a process that loads `model` and reads 8 token ids."""
+    ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", "8", "-n", "0", "-r", "1", "--no-warmup",
+              timeout=timeout)  # fmt: skip
+    return {"first_token": ran.seconds}
 
 
+def llama_batch(binaries: Path, model: Path, threads: int, batches: Sequence[int], timeout: float) -> dict[str, float]:
+    """Generated tokens/s of each number of sequences together, as batch1, batch2 and so on."""
+    ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160), "-npp", "16", "-ntg", "64",
+              "-npl", ",".join(map(str, batches)), "--output-format", "jsonl", timeout=timeout)  # fmt: skip
+    rows = [json.loads(line) for line in ran.output.splitlines() if line.startswith("{")]
+    return {f"batch{row['pl']}": float(row["speed_tg"]) for row in rows}
+
+
+# Prompts share no beginning and nothing is kept of them, so that every one is read whole. Tokens/s are those of its own usage record.
 MISTRAL = """
-import json, sys, time
-from mistralrs import Runner, Which, CompletionRequest
-path, prompt_tokens, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-start = time.perf_counter()
+import json, resource, sys, time
+from mistralrs import CompletionRequest, Runner, Which
+path, what, started = sys.argv[1], sys.argv[2], float(sys.argv[3])
 folder, _, file = path.rpartition("/")
-runner = Runner(which=Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file))
-load = time.perf_counter() - start
-ask = lambda text, n: runner.send_completion_request(CompletionRequest(prompt=text, model="default", max_tokens=n, temperature=0.0))
-words = " ".join(f"w{i}" for i in range(prompt_tokens - 1))
-ask("w1", 2)
-prefill = ask(words, 1).usage
-decode = ask("w1 w2", new).usage
-print(json.dumps({"prefill": prefill.prompt_tokens / prefill.total_prompt_time_sec, "prompt_tokens": prefill.prompt_tokens,
-                  "decode": (decode.completion_tokens - 1) / decode.total_completion_time_sec, "tokens": decode.completion_tokens, "load": load}))
+start = time.perf_counter()
+runner = Runner(which=Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file), prefix_cache_n=0)
+out = {"load": time.perf_counter() - start}
+def ask(first, tokens, new):
+    text = " ".join(f"w{(first + i) % 1500}" for i in range(tokens))
+    usage = runner.send_completion_request(CompletionRequest(prompt=text, model="default", max_tokens=new, temperature=0.0)).usage
+    assert abs(usage.prompt_tokens - tokens) < 4 and usage.completion_tokens == new, (usage.prompt_tokens, usage.completion_tokens)
+    return usage
+ask(1, 8, 1)
+out["first_token"] = time.time() - started
+def rate(tokens, seconds):
+    return tokens / max(seconds, 1e-3)  # it counts in milliseconds
+if what == "speed":
+    ask(100, 64, 8)
+    out["prefill"] = rate(512, ask(200, 512, 1).total_prompt_time_sec)
+    out["decode"] = rate(128, ask(300, 8, 129).total_completion_time_sec)
+else:
+    near, far = ask(400, 4096, 129), ask(500, 4096 + 512, 1)
+    out["prefill"] = rate(512, far.total_prompt_time_sec - near.total_prompt_time_sec)
+    out["decode"] = rate(128, near.total_completion_time_sec)
+out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(out))
 """
 
 
-def mistral(peers: Peers, model: Path, threads: int) -> dict[str, float]:
-    """Tokens/s of mistral.rs on a GGUF file, from its own usage record."""
-    env = os.environ | {"RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([peers.python, "-c", MISTRAL, model, "512", "128"], env=env, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        sys.exit(f"peers: mistral.rs failed on {model.name} ({done.returncode}): {done.stderr[-1500:]}")
+def mistral(peers: Peers, model: Path, threads: int, what: str, timeout: float) -> dict[str, float]:
+    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, or depth for those behind 4096 tokens."""
+    env = {"RAYON_NUM_THREADS": str(threads), "CANDLE_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), timeout=timeout, env=env)
+    lines = [line for line in ran.output.splitlines() if line.startswith("{")]
+    if not lines:
+        raise Failed(f"mistral.rs on {model.name} printed no result: {ran.output[-1000:]}")
     return dict(json.loads(lines[-1]))

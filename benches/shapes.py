@@ -6,6 +6,7 @@ Weights are drawn from one seeded generator, so both files hold the same values 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,15 @@ class Shape:
         if not self.tied:
             yield "lm_head.weight", "output.weight", (self.vocab, self.hidden)
 
+    def operations(self) -> int:
+        """Multiplications and additions of matrices for one token of a prompt, which needs no output head."""
+        layers = (dims for name, _, dims in self.tensors() if name.startswith("model.layers.") and len(dims) == 2)
+        return 2 * sum(rows * columns for rows, columns in layers)
+
+    def kv_bytes(self) -> int:
+        """Keys and values of one position in 16-bit floats."""
+        return 4 * self.layers * self.kv_heads * self.head_dim
+
 
 SHAPES = {
     "1B": Shape(2048, 8192, 16, 32, 8, 64, 128256, tied=True),
@@ -81,19 +91,36 @@ def tokens(vocab: int) -> list[str]:
     return ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(f"▁w{i}" for i in range(vocab - SPECIAL))]
 
 
+def write_tokenizer(vocab: int, to: Path) -> None:
+    """Write a byte-level BPE tokenizer.json of `vocab` entries, as large and as slow to read as those of real models."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<unk>", "<s>", "</s>"]
+    words, merges = list("abcdefghijklmnopqrstuvwxyz"), []
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    for word in words:  # which grows while it is read: ever longer words
+        for letter in "abcdefghijklmnopqrstuvwxyz":
+            if len(merges) < vocab - len(special) - len(alphabet):
+                merges.append((word, letter))
+                words.append(word + letter)
+        if len(merges) == vocab - len(special) - len(alphabet):
+            break
+    entries = [*special, *sorted(alphabet), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(to))
+
+
 def write_directory(shape: Shape, to: Path) -> Path:
     """Write a Hugging Face directory (bfloat16 shards of up to four layers), once."""
     if (to / "done").exists():
         return to
     from safetensors import TensorSpec, serialize_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     to.mkdir(parents=True, exist_ok=True)
     (to / "config.json").write_text(json.dumps(shape.config(), indent=1))
-    vocab = {t: i for i, t in enumerate(tokens(shape.vocab))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.save(str(to / "tokenizer.json"))
+    write_tokenizer(shape.vocab, to / "tokenizer.json")
     listed, shard, size, weight_map = list(shape.tensors()), {}, 0, {}
     for index, (name, _, dims) in enumerate(listed):
         shard[name] = _values(index, dims)
@@ -157,3 +184,9 @@ def write_gguf(shape: Shape, to: Path) -> Path:
     writer.close()
     part.rename(to)
     return to
+
+
+if __name__ == "__main__":  # python shapes.py SHAPE FOLDER
+    _shape, _folder = SHAPES[sys.argv[1]], Path(sys.argv[2])
+    write_directory(_shape, _folder / sys.argv[1])
+    write_gguf(_shape, _folder / f"{sys.argv[1]}-bf16.gguf")

@@ -46,7 +46,7 @@ def gpu_adapters() -> list[str]:
 def default_threads() -> int:
     """Threads used when none are asked for: ``KBIT_NUM_THREADS``, then the cores this process may use."""
 
-def limits(*, threads: int = 0, nbytes: int = 1 << 30, runs: int = 3) -> dict[str, float]:
+def limits(*, threads: int = 0, nbytes: int = 1 << 30, runs: int = 5) -> dict[str, float]:
     """What this machine can do at most, measured now.
 
     ``read_bytes_per_second`` of memory, ``int8_operations_per_second`` (a multiply and an add count two), and the

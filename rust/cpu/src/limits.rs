@@ -4,6 +4,7 @@
 
 use std::hint::black_box;
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use kbit_simd::{Isa, Simd, SimdOp, dispatch};
@@ -16,7 +17,7 @@ pub struct Limits {
     pub threads: usize,
     /// Memory read with plain loads, 10^9 bytes a second.
     pub read_plain: f64,
-    /// The same with software prefetch.
+    /// The same with software prefetch, at the better of two distances.
     pub read_prefetched: f64,
     /// int8 multiply-adds from registers, 10^12 operations a second (one multiply and one add count two).
     pub int8: f64,
@@ -35,14 +36,15 @@ impl Limits {
 /// # Errors
 /// [`Error::Argument`] for nothing to do, [`Error::Memory`] without room for `bytes`.
 pub fn measure(isa: Isa, threads: usize, bytes: usize, runs: usize) -> Result<Limits> {
-    if threads == 0 || runs == 0 || bytes < threads * READ {
+    let share = bytes / threads.max(1) / READ * READ;
+    if threads == 0 || runs == 0 || share == 0 {
         return Err(Error::Argument(format!(
             "limits: {runs} runs of {bytes} bytes on {threads} threads: each thread reads {READ} at least"
         )));
     }
+    let bytes = share * threads;
     let mut memory = Bytes::zeroed(bytes)?;
-    let share = bytes / threads / READ * READ;
-    // Written by the thread that reads it, so that every page exists and lies near.
+    // Written by all threads, so that every page exists.
     std::thread::scope(|scope| {
         for part in memory.chunks_mut(share) {
             scope.spawn(move || part.fill(1));
@@ -50,49 +52,70 @@ pub fn measure(isa: Isa, threads: usize, bytes: usize, runs: usize) -> Result<Li
     });
     let memory = &memory;
     let read = |ahead| {
-        let seconds = best(threads, runs, &|id| {
-            let part = &memory[id * share..(id + 1) * share];
-            black_box(dispatch(isa, Read { part, ahead }));
+        let next = AtomicUsize::new(0);
+        let seconds = best(threads, runs, &|| next.store(0, Ordering::Relaxed), &|| {
+            // Blocks go to whoever is free, as the kernels' work does: with fixed shares the slowest core would set the limit.
+            loop {
+                let at = next.fetch_add(BLOCK, Ordering::Relaxed);
+                if at >= bytes {
+                    break;
+                }
+                let part = &memory[at..bytes.min(at + BLOCK)];
+                black_box(dispatch(isa, Read { part, ahead }));
+            }
         });
-        (share * threads) as f64 / seconds / 1e9
+        bytes as f64 / seconds / 1e9
     };
     let rounds = 1 << 18;
-    let seconds = best(threads, runs, &|_| {
+    let seconds = best(threads, runs, &|| (), &|| {
         black_box(dispatch(isa, Multiply { rounds }));
     });
     Ok(Limits {
         threads,
         read_plain: read(0),
-        read_prefetched: read(1024),
+        read_prefetched: read(1024).max(read(3072)),
         int8: (rounds * CHAINS * 128 * threads) as f64 / seconds / 1e12,
     })
 }
 
-/// Least seconds of `runs` runs of `part` on all threads at once.
-fn best(threads: usize, runs: usize, part: &(dyn Fn(usize) + Sync)) -> f64 {
+/// Least seconds of `runs` runs of `part` on all threads at once, from the first thread's start to the last one's end; one
+/// thread runs `prepare` before each.
+fn best(threads: usize, runs: usize, prepare: &(dyn Fn() + Sync), part: &(dyn Fn() + Sync)) -> f64 {
     let gate = Barrier::new(threads);
-    let run = |id| {
-        let mut least = f64::INFINITY;
+    let clock = Instant::now();
+    let nanoseconds = || clock.elapsed().as_nanos() as u64;
+    let (first, last) = (AtomicU64::new(0), AtomicU64::new(0));
+    let run = || {
+        let mut least = u64::MAX;
         for _ in 0..runs {
+            if gate.wait().is_leader() {
+                first.store(u64::MAX, Ordering::Relaxed);
+                last.store(0, Ordering::Relaxed);
+                prepare();
+            }
             gate.wait();
-            let start = Instant::now();
-            part(id);
+            first.fetch_min(nanoseconds(), Ordering::Relaxed);
+            part();
+            last.fetch_max(nanoseconds(), Ordering::Relaxed);
             gate.wait();
-            least = least.min(start.elapsed().as_secs_f64());
+            least = least.min(last.load(Ordering::Relaxed) - first.load(Ordering::Relaxed));
         }
-        least
+        least as f64 * 1e-9
     };
     let run = &run;
     std::thread::scope(|scope| {
-        for id in 1..threads {
-            scope.spawn(move || run(id));
+        for _ in 1..threads {
+            scope.spawn(run);
         }
-        run(0)
+        run()
     })
 }
 
 /// Bytes read in one turn of the loop.
-const READ: usize = 256;
+const READ: usize = 512;
+
+/// Bytes a thread takes at a time.
+const BLOCK: usize = 1 << 20;
 
 /// Reads everything once; the sum keeps the compiler from skipping it.
 struct Read<'a> {
@@ -105,10 +128,10 @@ impl SimdOp for Read<'_> {
     type Output = i32;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> i32 {
-        let mut sums = [s.splat_i32(0); 4];
+        let mut sums = [s.splat_i32(0); READ / 64];
         for turn in self.part.chunks_exact(READ) {
             if self.ahead > 0 {
-                for line in 0..4 {
+                for line in 0..READ / 64 {
                     // A prefetch past the end is only a hint.
                     s.prefetch(turn.as_ptr().wrapping_add(self.ahead + line * 64));
                 }
@@ -119,8 +142,11 @@ impl SimdOp for Read<'_> {
                 *sum = s.add_i32(*sum, s.load_i32(line));
             }
         }
-        let [a, b, c, d] = sums;
-        s.reduce_add_i32(s.add_i32(s.add_i32(a, b), s.add_i32(c, d)))
+        let mut all = s.splat_i32(0);
+        for sum in sums {
+            all = s.add_i32(all, sum);
+        }
+        s.reduce_add_i32(all)
     }
 }
 

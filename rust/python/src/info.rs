@@ -37,7 +37,7 @@ pub(crate) fn build_info() -> BTreeMap<&'static str, &'static str> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (*, threads = 0, nbytes = 1 << 30, runs = 3))]
+#[pyo3(signature = (*, threads = 0, nbytes = 1 << 30, runs = 5))]
 pub(crate) fn limits(
     py: Python<'_>,
     threads: usize,

@@ -1,0 +1,87 @@
+"""One measurement of kbit in a process of its own, as a peer's program is; `compare.py` starts it.
+
+    python benches/ours.py MODEL THREADS WHAT STARTED
+
+`WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (load and one token), speed,
+depth or batch; `STARTED` is the clock when the process was asked for. Prints one line of JSON: seconds, tokens/s, bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+DEPTH = 4096
+BATCHES = (1, 2, 4, 8, 16)
+
+
+def read(path: Path) -> dict[str, float]:
+    """Reads the weights of a saved model with one call."""
+    start = time.perf_counter()
+    size = np.fromfile(path / "model.safetensors", np.uint8).size
+    return {"read": time.perf_counter() - start, "file": size}
+
+
+def measure(path: Path, threads: int, what: str, started: float) -> dict[str, float | str]:
+    """Loads `path` and measures it."""
+    import kbit
+
+    start = time.perf_counter()
+    model = kbit.load(path, threads=threads, context=8192)
+    out: dict[str, float | str] = {"load": time.perf_counter() - start, "bits": model.bits_per_weight, "nbytes": model.nbytes}
+    engine, rng = model.engine, np.random.default_rng(1)
+
+    def submit(prompt: int, new: int):  # noqa: ANN202
+        ids = rng.integers(300, 2000, prompt, dtype=np.uint32)
+        return engine.submit(ids, max_new_tokens=new, temperature=0.0)
+
+    def run(prompts: list[int], new: int):  # noqa: ANN202
+        requests = [submit(prompt, new) for prompt in prompts]
+        made = [0] * len(requests)
+        for i, request in enumerate(requests):
+            while (tokens := request.wait(10.0)) is not None:
+                made[i] += len(tokens)
+        assert made == [new] * len(requests), made
+        return requests
+
+    def prefill_at_depth() -> float:
+        """Tokens/s of the 512 tokens behind DEPTH others: the clock starts when the engine has read those."""
+        before, at = engine.stats()["prompt_tokens"], 0.0
+        request = submit(DEPTH + 512, 1)
+        while request.wait(0.002) is not None:
+            if not at and engine.stats()["prompt_tokens"] - before >= DEPTH:
+                at = time.perf_counter()
+        assert at, "the prompt was read in one piece"
+        return 512 / (time.perf_counter() - at)
+
+    run([8], 1)
+    out["first_token"] = time.time() - started
+    if what == "speed":
+        run([64], 8)
+        out["prefill"] = 512 / run([512], 1)[0].prompt_seconds
+        out["decode"] = 128 / run([8], 129)[0].decode_seconds
+    elif what == "depth":
+        out["decode"] = 128 / run([DEPTH], 129)[0].decode_seconds
+        out["prefill"] = prefill_at_depth()
+    elif what == "batch":
+        for n in BATCHES:
+            run([16] * n, 4)
+            out[f"batch{n}"] = 64 * n / max(r.decode_seconds for r in run([16] * n, 65))
+    out["isa"] = kbit.isa()
+    out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return out
+
+
+def main() -> None:
+    """Run it."""
+    path, threads, what, started = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+    print(json.dumps(read(path) if what == "read" else measure(path, threads, what, started)))
+
+
+if __name__ == "__main__":
+    main()

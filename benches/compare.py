@@ -56,7 +56,7 @@ class Row:
             self.failed = str(error)
             return
         for key, value in measured.items():
-            small = key in {"load", "first_token", "peak", "read"}
+            small = key in {"load", "first_token", "peak", "resident", "read"}
             old = self.best.get(key)
             self.best[key] = value if old is None else (min if small else max)(old, value)
 
@@ -176,15 +176,15 @@ def widths(b: Bench) -> Render:
         for bits, row in ours.items():
             read, ids = reads[bits], bare[bits]
             rows.append([row.name, n(ids["load"], 2), n(read["read"], 2), n(ids["load"] / read["read"], 2), n(row["load"], 2), n(ids["first_token"], 2),
-                         n(row["first_token"], 2), n(row["peak"] / 1e6), n(row["peak"] / (read["file"] + kv), 2)])  # fmt: skip
+                         n(row["first_token"], 2), n(row["resident"] / 1e6), n(row["resident"] / (read["file"] + kv), 2), n(row["peak"] / 1e6), n(row["peak"] / (read["file"] + kv), 2)])  # fmt: skip
         for kind, row in theirs.items():
             size = b.files[kind].stat().st_size
-            rows.append([row.name, "", "", "", "", n(starts[kind]["first_token"], 2), "", n(row["peak"] / 1e6), n(row["peak"] / (size + kv), 2)])
+            rows.append([row.name, "", "", "", "", n(starts[kind]["first_token"], 2), "", "", "", n(row["peak"] / 1e6), n(row["peak"] / (size + kv), 2)])
         size = b.files["Q4_K_M"].stat().st_size
-        rows.append([rust.name, "", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), n(rust["peak"] / 1e6), n(rust["peak"] / (size + kv), 2)])
-        out += ["## Load and memory", "", f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Peak memory is that of the row above.", ""]
+        rows.append([rust.name, "", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), "", "", n(rust["peak"] / 1e6), n(rust["peak"] / (size + kv), 2)])
+        out += ["## Load and memory", "", f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Memory with a tokenizer, after a prompt of 512.", ""]
         out += table(["", "load", "reading the file", "ratio", "load with tokenizer", "process start to first token from ids", "with tokenizer",
-                      "peak MB", "of file + KV"], rows)  # fmt: skip
+                      "resident MB", "of file + KV", "peak MB", "of file + KV"], rows)  # fmt: skip
         return out
 
     return render

@@ -73,6 +73,7 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
             run([16] * n, 4)
             out[f"batch{n}"] = 64 * n / max(r.decode_seconds for r in run([16] * n, 65))
     out["isa"] = kbit.isa()
+    out["resident"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return out
 

@@ -17,7 +17,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kbit._core import KbitError
-from kbit.text import ChatTemplate, TemplateError
+from kbit.text import TemplateError
+from kbit.text.template import ChatTemplate
 
 NAMES = [
     "Qwen-Qwen2.5-7B-Instruct",

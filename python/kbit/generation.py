@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from kbit.sampling import Completion, SamplingParams, Timings, TokenLogprob
 
 if TYPE_CHECKING:
+    import asyncio
     from types import TracebackType
 
     from kbit._core import Request
@@ -179,6 +179,8 @@ class AsyncStream(AsyncIterator[str]):
     """
 
     def __init__(self, start: Callable[[], Stream]) -> None:
+        import asyncio  # 50 ms, for those who use it
+
         self._start = start
         self._stream: Stream | None = None
         self._events: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
@@ -199,6 +201,8 @@ class AsyncStream(AsyncIterator[str]):
         return self
 
     async def __anext__(self) -> str:
+        import asyncio
+
         if self._stream is None:
             self._stream = self._start()
             relay = (self._stream, self._events, asyncio.get_running_loop())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 from jinja2 import Undefined
 
-from kbit._core import ModelFormatError
+from kbit.text.kinds import TemplateError, is_dict
 
 MAX_STEPS = 400_000
 """A long conversation (2,000 messages) takes 140,000; a step is at most about a microsecond."""
@@ -21,10 +21,6 @@ MAX_MEMORY = 40 << 20
 """Bytes of everything a rendering makes; with the source and its syntax tree it stays under 64 MiB."""
 MAX_NESTING = 100
 """Depth of blocks and brackets in the source, and of lists in lists in a value."""
-
-
-class TemplateError(ModelFormatError):
-    """A chat template that is wrong, goes beyond its limits, or refuses the conversation."""
 
 
 def text_bytes(text: str) -> int:
@@ -158,16 +154,6 @@ class Budget:
         else:
             raise TypeError(f"a chat template takes JSON-like data, not a {type(value).__name__}")
         return self.container(made)
-
-
-def is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
-    """Whether a value is a list or tuple."""
-    return isinstance(value, list | tuple)
-
-
-def is_dict(value: Any) -> TypeGuard[dict[Any, Any]]:
-    """Whether a value is a dict."""
-    return isinstance(value, dict)
 
 
 def kind_of(value: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit._core import ModelFormatError
-from kbit.text.budget import is_dict, is_list
+from kbit.text.kinds import is_dict, is_list
 from kbit.text.template import PLAIN, ChatTemplate
 from kbit.text.vocabulary import ControlToken, ControlTokens
 

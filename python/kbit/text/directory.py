@@ -12,8 +12,7 @@ from tokenizers import AddedToken
 
 from kbit._core import ModelFormatError
 from kbit.text import hf_json, pieces, sentencepiece
-from kbit.text.budget import is_dict
-from kbit.text.template import MAX_SOURCE
+from kbit.text.kinds import MAX_SOURCE, is_dict
 from kbit.text.vocabulary import ControlToken, Vocabulary, typed_failures
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, cast
 
 from jinja2 import Environment, Undefined, nodes
 
-from kbit.text.budget import Budget, TemplateError, is_dict, is_list, kind_of, text_bytes
+from kbit.text.budget import Budget, kind_of, text_bytes
+from kbit.text.kinds import TemplateError, is_dict, is_list
 from kbit.text.values import Function, Loop, Macro, Namespace, Scope
 
 MAX_DEPTH = 200

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 import markupsafe
 from jinja2 import Undefined, filters, tests
 
-from kbit.text.budget import TemplateError, kind_of, text_bytes
+from kbit.text.budget import kind_of, text_bytes
 from kbit.text.evaluate import VIEWS
+from kbit.text.kinds import TemplateError
 from kbit.text.methods import (
     as_text,
     number_in,

@@ -11,8 +11,8 @@ import tokenizers
 
 from kbit._core import ModelFormatError
 from kbit.text import gguf_vocab, patterns
-from kbit.text.budget import is_dict, is_list
 from kbit.text.charsmap import Charsmap
+from kbit.text.kinds import is_dict, is_list
 from kbit.text.vocabulary import MAX_TOKEN_BYTES, MAX_TOKENS, typed_failures
 
 MAX_BYTES = 256 << 20

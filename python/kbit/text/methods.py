@@ -7,7 +7,8 @@ import string
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate
 
-from kbit.text.budget import TemplateError, is_list, kind_of, text_bytes
+from kbit.text.budget import kind_of, text_bytes
+from kbit.text.kinds import TemplateError, is_list
 
 if TYPE_CHECKING:
     from kbit.text.evaluate import Evaluator

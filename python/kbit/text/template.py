@@ -20,14 +20,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 
-from kbit.text.budget import MAX_NESTING, MAX_SECONDS, Budget, TemplateError, kind_of
+from kbit.text.budget import MAX_NESTING, MAX_SECONDS, Budget, kind_of
 from kbit.text.evaluate import Evaluator
 from kbit.text.filters import FILTERS, TESTS
+from kbit.text.kinds import MAX_SOURCE, TemplateError
 from kbit.text.methods import METHODS
 from kbit.text.values import Function, Namespace
 
-MAX_SOURCE = 1 << 20
-"""Longest source, in characters."""
 MAX_LEXEMES = 20_000
 """Most words and signs in a source: each becomes a node of a few hundred bytes."""
 MAX_BACKSLASHES = 20_000

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import tokenizers
@@ -13,16 +14,17 @@ from numpy.typing import NDArray
 
 from kbit._core import ModelFormatError
 from kbit.text import directory, gguf_vocab
-from kbit.text.chat import Chat, ChatPrompt
 from kbit.text.stream import StreamDecoder
 from kbit.text.vocabulary import ControlToken, ControlTokens, Vocabulary, typed_failures
+
+if TYPE_CHECKING:
+    from kbit.text.chat import Chat, ChatPrompt
 
 
 class Tokenizer:
     """Text to token ids and back. Safe to share between threads.
 
     Attributes:
-        vocab_size: One more than the largest id.
         bos_id: The token that begins a text; None where the model has none.
         unk_id: The token for what cannot be written; None where everything can.
         pad_id: The token that fills up batches; None where the model has none.
@@ -39,7 +41,9 @@ class Tokenizer:
         self._own_encode = vocabulary.encode
         self._names = vocabulary.names
         self._tokens = vocabulary.tokens
+        self._controls = vocabulary.control
         self._control = ControlTokens(vocabulary.control)
+        self._chat: Chat | None = None  # made for the first chat: jinja2 takes time to import
         self._lock = threading.Lock()
         self._bytes: dict[tuple[int, bool], bytes] = {}
         self.pieces = vocabulary.pieces
@@ -51,8 +55,11 @@ class Tokenizer:
         self.prefix = list(vocabulary.prefix)
         self.suffix = list(vocabulary.suffix)
         self.chat_templates = dict(chat_templates)
-        self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._chat = Chat(self, vocabulary.control)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def chat_template(self) -> str | None:
@@ -154,6 +161,10 @@ class Tokenizer:
             TemplateError: The template fails, refuses the conversation, or goes beyond its bounds.
             TypeError: An argument that is not JSON-like data.
         """
+        if self._chat is None:
+            from kbit.text.chat import Chat
+
+            self._chat = Chat(self, self._controls)
         return self._chat.prompt(
             messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, template=template,
             **variables,

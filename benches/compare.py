@@ -1,13 +1,14 @@
 """kbit beside llama.cpp and mistral.rs on the same machine, in one run.
 
-    python benches/compare.py                                        everything for the 1B shape, about 20 minutes
-    python benches/compare.py --shape 0.5B --bits 4 --only widths isas     about 4 minutes
+    python benches/compare.py                                           all of the 1B shape, some 20 minutes
+    python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 4 minutes
 
-writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory and as GGUF;
-kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp (an hour on 4 cores). Engines run one after the
-other in every round, so that a slow minute of the machine hits all of them, and the best round counts for each figure. A peer that
-cannot be had ends the run; a measurement that fails or takes too long is "failed" in the table, its reason stands below, and the
-exit code is 1. Use an idle machine: it needs about 20 GB of disk and 8 GB of memory.
+writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory
+and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp. Engines run one
+after the other in every round, so that a slow minute of the machine hits all of them, and the best round counts for
+each figure. A peer that cannot be had ends the run. A measurement that fails or takes too long is not repeated: its
+reason stands below the tables, which say "failed" where no round gave a figure, and the exit code is 1. Use an idle
+machine: engines whose threads wait for each other take minutes on a busy one. 20 GB of disk, 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Row:
 
     def __getitem__(self, key: str) -> float:
         """A figure; not a number where there is none."""
-        return float("nan") if self.failed else self.best.get(key, float("nan"))
+        return self.best.get(key, float("nan"))
 
 
 @dataclass
@@ -85,7 +86,9 @@ class Bench:
         """The row of that name."""
         return self.rows.setdefault(name, Row(name, measure, min(rounds, self.rounds)))
 
-    def kbit(self, name: str, model: Path, what: str = "speed", isa: str = "", rounds: int = 99) -> Row:
+    def kbit(
+        self, name: str, model: Path, what: str = "speed", isa: str = "", rounds: int = 99
+    ) -> Row:
         """kbit in a process of its own; see `ours.py`."""
 
         def measure() -> Measures:
@@ -102,8 +105,34 @@ class Bench:
         binaries: Path = getattr(self.peer, variant)
         if binaries == self.peer.native:
             variant = "native"
-        name = f"llama.cpp {kind}" + {"native": "", "avx2": ", AVX2 build", "no_amx": ", built without AMX"}[variant]
-        return self.row(name, lambda: peers.llama_bench(binaries, self.files[kind], self.threads, self.timeout))
+        name = (
+            f"llama.cpp {kind}"
+            + {"native": "", "avx2": ", AVX2 build", "no_amx": ", built without AMX"}[variant]
+        )
+        return self.row(
+            name, lambda: peers.llama_bench(binaries, self.files[kind], self.threads, self.timeout)
+        )
+
+    def llama_start(self, kind: str) -> Measures:
+        """A process of llama.cpp that only loads and reads 8 ids."""
+        return peers.llama_start(self.peer.native, self.files[kind], self.threads, self.timeout)
+
+    def llama_deep(self, flash: str) -> Measures:
+        """llama.cpp's Q4_0 behind many tokens."""
+        model = self.files["Q4_0"]
+        return peers.llama_bench(
+            self.peer.native, model, self.threads, self.timeout, depth=DEPTH, flash=flash
+        )
+
+    def llama_batches(self) -> Measures:
+        """llama.cpp's Q4_0 in batches."""
+        return peers.llama_batch(
+            self.peer.native, self.files["Q4_0"], self.threads, BATCHES, self.timeout
+        )
+
+    def mistral(self, what: str) -> Measures:
+        """mistral.rs on Q4_K_M."""
+        return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, what, self.timeout)
 
     def measure(self) -> None:
         """Every row once a round."""
@@ -113,13 +142,19 @@ class Bench:
                 if turn < row.rounds and not row.failed:
                     start = time.monotonic()
                     row.again()
-                    note = f"failed: {row.failed}" if row.failed else f"{time.monotonic() - start:.1f} s"
-                    print(f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True)
+                    note = (
+                        f"failed: {row.failed}"
+                        if row.failed
+                        else f"{time.monotonic() - start:.1f} s"
+                    )
+                    print(
+                        f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True
+                    )
 
     def limits(self) -> None:
         """Measures the machine; the best so far counts."""
-        ran = peers.run(sys.executable, "-m", "kbit", "bench", "--repeat", "1", "--limits", "--threads", str(self.threads), "--json",
-                        timeout=self.timeout)  # fmt: skip
+        ran = peers.run(sys.executable, "-m", "kbit", "bench", "--repeat", "1", "--limits",
+                        "--threads", str(self.threads), "--json", timeout=self.timeout)  # fmt: skip
         found = json.loads(ran.output)["limits"]
         self.bandwidth = max(self.bandwidth, found["read_bytes_per_second"] / 1e9)
         self.peak = max(self.peak, found["int8_operations_per_second"] / 1e12)
@@ -137,7 +172,22 @@ def percent(value: float) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Markdown."""
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows), ""]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(r) + " |" for r in rows),
+        "",
+    ]
+
+
+def rates(*rows: Row) -> list[str]:
+    """Prefill and decode of each."""
+    return [text for row in rows for text in (n(row["prefill"]), n(row["decode"], 1))]
+
+
+def ratios(ours: Row, theirs: Row) -> list[str]:
+    """How many times as fast as theirs ours is, at prefill and decode."""
+    return [n(ours[key] / theirs[key], 2) for key in ("prefill", "decode")]
 
 
 Render = Callable[[], list[str]]
@@ -146,46 +196,92 @@ Render = Callable[[], list[str]]
 def widths(b: Bench) -> Render:
     """Every width against the type of nearest size, and k = 4 against the rest."""
     ours = {bits: b.kbit(f"kbit {bits} bits", path) for bits, path in b.saved.items()}
-    theirs = {kind: b.llama(kind) for kind in sorted({NEAREST[bits] for bits in b.saved} | {"Q4_0", "Q4_K_M"})}
-    starts = {k: b.row(f"llama.cpp {k}, start", lambda k=k: peers.llama_start(b.peer.native, b.files[k], b.threads, b.timeout)) for k in theirs}
-    rust = b.row("mistral.rs Q4_K_M", lambda: peers.mistral(b.peer, b.files["Q4_K_M"], b.threads, "speed", b.timeout))
-    reads = {bits: b.kbit(f"reading the file of {bits} bits", path, "read") for bits, path in b.saved.items()}
-    bare = {bits: b.kbit(f"kbit {bits} bits without a tokenizer", without_tokenizer(path), "start") for bits, path in b.saved.items()}
+    kinds = sorted({NEAREST[bits] for bits in b.saved} | {"Q4_0", "Q4_K_M"})
+    theirs = {kind: b.llama(kind) for kind in kinds}
+    rust = b.row("mistral.rs Q4_K_M", lambda: b.mistral("speed"))
 
     def render() -> list[str]:
         base = ours.get(4, next(iter(ours.values())))
         out = ["## Every width", "", "Prefill of 512 tokens, decode of 128, tokens/s.", ""]
         rows = []
         for bits, row in ours.items():
-            them, size = theirs[NEAREST[bits]], b.files[NEAREST[bits]].stat().st_size
-            relative = base["decode"] * base["nbytes"] / (row["decode"] * row["nbytes"])
-            rows.append([str(bits), n(row["bits"], 2), n(row["nbytes"] / 1e6), n(row["prefill"]),
-                         percent(row["prefill"] * b.shape.operations() / 1e12 / b.peak), n(row["decode"], 1),
-                         percent(row["decode"] * row["nbytes"] / 1e9 / b.bandwidth), n(relative, 2), NEAREST[bits], n(size / 1e6),
-                         n(them["prefill"]), n(them["decode"], 1), n(row["prefill"] / them["prefill"], 2),
-                         n(row["decode"] / them["decode"], 2)])  # fmt: skip
-        out += table(["k", "bits/weight", "MB", "prefill", "of int8 peak", "decode", "of bandwidth", "time a byte (k = 4: 1)", "llama.cpp type", "MB",
-                      "prefill", "decode", "prefill ratio", "decode ratio"], rows)  # fmt: skip
+            kind = NEAREST[bits]
+            a_byte = base["decode"] * base["nbytes"] / (row["decode"] * row["nbytes"])
+            rows.append(
+                [str(bits), n(row["bits"], 2), n(row["nbytes"] / 1e6), *rates(row),
+                 percent(row["prefill"] * b.shape.operations() / 1e12 / b.peak),
+                 percent(row["decode"] * row["nbytes"] / 1e9 / b.bandwidth), n(a_byte, 2),
+                 kind, n(b.files[kind].stat().st_size / 1e6), *rates(theirs[kind]), *ratios(row, theirs[kind])]
+            )  # fmt: skip
+        out += table(
+            ["k", "bits/weight", "MB", "prefill", "decode", "of int8 peak", "of bandwidth", "time a byte (k = 4: 1)",
+             "llama.cpp type", "MB", "prefill", "decode", "prefill ratio", "decode ratio"], rows
+        )  # fmt: skip
         if 4 in ours:
-            four = ours[4]
+            against = [theirs["Q4_0"], theirs["Q4_K_M"], rust]
             out += table(["k = 4 against", "prefill", "decode", "prefill ratio", "decode ratio"],
-                         [[r.name, n(r["prefill"]), n(r["decode"], 1), n(four["prefill"] / r["prefill"], 2), n(four["decode"] / r["decode"], 2)]
-                          for r in (theirs["Q4_0"], theirs["Q4_K_M"], rust)])  # fmt: skip
-        kv = b.shape.kv_bytes() * (512 + 1)
+                         [[row.name, *rates(row), *ratios(ours[4], row)] for row in against])  # fmt: skip
+        return out
+
+    return render
+
+
+def memory(b: Bench) -> Render:
+    """Loading, the first token, and memory."""
+    ours = {bits: b.kbit(f"kbit {bits} bits", path) for bits, path in b.saved.items()}
+    reads = {bits: b.kbit(f"reading {bits} bits", path, "read") for bits, path in b.saved.items()}
+    bare = {
+        bits: b.kbit(f"kbit {bits} bits from ids", without_tokenizer(path), "start")
+        for bits, path in b.saved.items()
+    }
+    kinds = ("Q4_0", "Q4_K_M")
+    theirs = {
+        kind: (
+            b.llama(kind),
+            b.row(f"llama.cpp {kind}, start", lambda kind=kind: b.llama_start(kind)),
+        )
+        for kind in kinds
+    }
+    rust = b.row("mistral.rs Q4_K_M", lambda: b.mistral("speed"))
+    kv = b.shape.kv_bytes() * 513
+
+    def share(row: Row, key: str, size: float) -> list[str]:
+        return [n(row[key] / 1e6), n(row[key] / (size + kv), 2)]
+
+    def render() -> list[str]:
         rows = []
         for bits, row in ours.items():
             read, ids = reads[bits], bare[bits]
-            rows.append([row.name, n(ids["load"], 2), n(read["read"], 2), n(ids["load"] / read["read"], 2), n(row["load"], 2), n(ids["first_token"], 2),
-                         n(row["first_token"], 2), n(row["resident"] / 1e6), n(row["resident"] / (read["file"] + kv), 2), n(row["peak"] / 1e6), n(row["peak"] / (read["file"] + kv), 2)])  # fmt: skip
-        for kind, row in theirs.items():
+            seconds = [ids["load"], read["read"], ids["load"] / read["read"], row["load"]]
+            seconds += [ids["first_token"], row["first_token"]]
+            sizes = share(row, "resident", read["file"]) + share(row, "peak", read["file"])
+            rows.append([row.name, *(n(x, 2) for x in seconds), *sizes])
+        for kind, (row, start) in theirs.items():
             size = b.files[kind].stat().st_size
-            rows.append([row.name, "", "", "", "", n(starts[kind]["first_token"], 2), "", "", "", n(row["peak"] / 1e6), n(row["peak"] / (size + kv), 2)])
+            rows.append(
+                [
+                    row.name,
+                    "",
+                    "",
+                    "",
+                    "",
+                    n(start["first_token"], 2),
+                    "",
+                    "",
+                    "",
+                    *share(row, "peak", size),
+                ]
+            )
         size = b.files["Q4_K_M"].stat().st_size
-        rows.append([rust.name, "", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), "", "", n(rust["peak"] / 1e6), n(rust["peak"] / (size + kv), 2)])
-        out += ["## Load and memory", "", f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Memory with a tokenizer, after a prompt of 512.", ""]
-        out += table(["", "load", "reading the file", "ratio", "load with tokenizer", "process start to first token from ids", "with tokenizer",
-                      "resident MB", "of file + KV", "peak MB", "of file + KV"], rows)  # fmt: skip
-        return out
+        start = ["", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), "", ""]
+        rows.append([rust.name, *start, *share(rust, "peak", size)])
+        return [
+            "## Load and memory", "",
+            f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Memory with it, after a "
+            "prompt of 512.", "",
+            *table(["", "load", "reading the file", "ratio", "load with tokenizer", "start to first token from ids",
+                    "with tokenizer", "resident MB", "of file + KV", "peak MB", "of file + KV"], rows),
+        ]  # fmt: skip
 
     return render
 
@@ -195,29 +291,53 @@ def files(b: Bench) -> Render:
     pairs = [(kind, b.kbit(f"kbit on {kind}", b.files[kind]), b.llama(kind)) for kind in SAME_FILE]
 
     def render() -> list[str]:
-        return ["## The same GGUF file", "", *table(
-            ["type", "kbit prefill", "decode", "of bandwidth", "llama.cpp prefill", "decode", "prefill ratio", "decode ratio"],
-            [[kind, n(x["prefill"]), n(x["decode"], 1), percent(x["decode"] * x["nbytes"] / 1e9 / b.bandwidth), n(y["prefill"]), n(y["decode"], 1),
-              n(x["prefill"] / y["prefill"], 2), n(x["decode"] / y["decode"], 2)] for kind, x, y in pairs])]  # fmt: skip
+        rows = [
+            [
+                kind,
+                *rates(x),
+                percent(x["decode"] * x["nbytes"] / 1e9 / b.bandwidth),
+                *rates(y),
+                *ratios(x, y),
+            ]
+            for kind, x, y in pairs
+        ]
+        head = ["type", "kbit prefill", "decode", "of bandwidth"]
+        head += ["llama.cpp prefill", "decode", "prefill ratio", "decode ratio"]
+        return ["## The same GGUF file", "", *table(head, rows)]
 
     return render
 
 
 def isas(b: Bench) -> Render:
     """k = 4 on older instruction sets against builds of llama.cpp for them."""
-    found = json.loads(peers.run(sys.executable, "-c", "import kbit, json; print(json.dumps(kbit.isas()))", timeout=b.timeout).output)
-    rows = [(isa, variant, b.kbit(f"kbit 4 bits, {isa}", b.saved[4], isa=isa) if isa in found else None, b.llama("Q4_0", variant))
-            for isa, variant in (("amx", "native"), ("avx512vbmi", "no_amx"), ("avx2", "avx2"))]  # fmt: skip
+    ask = "import kbit, json; print(json.dumps(kbit.isas()))"
+    found = json.loads(peers.run(sys.executable, "-c", ask, timeout=b.timeout).output)
+    rows = [
+        (
+            isa,
+            b.kbit(f"kbit 4 bits, {isa}", b.saved[4], isa=isa) if isa in found else None,
+            b.llama("Q4_0", variant),
+        )
+        for isa, variant in (("amx", "native"), ("avx512vbmi", "no_amx"), ("avx2", "avx2"))
+    ]
 
     def render() -> list[str]:
         lines = []
-        for isa, _, x, y in rows:
-            if x is None:
-                lines.append([isa, "not measured", "", y.name, n(y["prefill"]), n(y["decode"], 1), "", ""])
-            else:
-                lines.append([isa, n(x["prefill"]), n(x["decode"], 1), y.name, n(y["prefill"]), n(y["decode"], 1), n(x["prefill"] / y["prefill"], 2),
-                              n(x["decode"] / y["decode"], 2)])  # fmt: skip
-        head = ["KBIT_ISA", "prefill", "decode", "against", "prefill", "decode", "prefill ratio", "decode ratio"]
+        for isa, x, y in rows:
+            ours, ratio = (
+                (["not measured", ""], ["", ""]) if x is None else (rates(x), ratios(x, y))
+            )
+            lines.append([isa, *ours, y.name, *rates(y), *ratio])
+        head = [
+            "KBIT_ISA",
+            "prefill",
+            "decode",
+            "against",
+            "prefill",
+            "decode",
+            "prefill ratio",
+            "decode ratio",
+        ]
         return ["## Instruction sets, k = 4 against Q4_0", "", *table(head, lines)]
 
     return render
@@ -225,23 +345,22 @@ def isas(b: Bench) -> Render:
 
 def depth(b: Bench) -> Render:
     """Prefill of 512 and decode of 128 behind 4096 tokens."""
-
-    def llama(flash: str) -> Measures:
-        return peers.llama_bench(b.peer.native, b.files["Q4_0"], b.threads, b.timeout, depth=DEPTH, flash=flash)
-
     ours = b.kbit("kbit 4 bits at depth", b.saved[4], "depth", rounds=DEEP_ROUNDS)
     theirs = [
-        b.row("llama.cpp Q4_0 at depth, flash attention", lambda: llama("on"), DEEP_ROUNDS),
-        b.row("llama.cpp Q4_0 at depth, no flash attention", lambda: llama("off"), DEEP_ROUNDS),
-        b.row("mistral.rs Q4_K_M at depth", lambda: peers.mistral(b.peer, b.files["Q4_K_M"], b.threads, "depth", b.timeout), DEEP_ROUNDS),
+        b.row("llama.cpp Q4_0 at depth, flash attention", lambda: b.llama_deep("on"), DEEP_ROUNDS),
+        b.row(
+            "llama.cpp Q4_0 at depth, no flash attention", lambda: b.llama_deep("off"), DEEP_ROUNDS
+        ),
+        b.row("mistral.rs Q4_K_M at depth", lambda: b.mistral("depth"), DEEP_ROUNDS),
     ]
 
     def render() -> list[str]:
-        share = ours["decode"] * (ours["nbytes"] + b.shape.kv_bytes() * (DEPTH + 64)) / 1e9 / b.bandwidth
-        return [f"## At depth {DEPTH}", "", f"kbit's decode reads weights and keys and values at {percent(share)} of the bandwidth.", "", *table(
-            ["", "prefill 512", "decode 128", "kbit's prefill ratio", "decode ratio"],
-            [[r.name, n(r["prefill"]), n(r["decode"], 1), n(ours["prefill"] / r["prefill"], 2), n(ours["decode"] / r["decode"], 2)]
-             for r in (ours, *theirs)])]  # fmt: skip
+        read = ours["nbytes"] + b.shape.kv_bytes() * (DEPTH + 64)
+        share = percent(ours["decode"] * read / 1e9 / b.bandwidth)
+        head = ["", "prefill 512", "decode 128", "kbit's prefill ratio", "decode ratio"]
+        rows = [[row.name, *rates(row), *ratios(ours, row)] for row in (ours, *theirs)]
+        note = f"kbit's decode reads weights, keys and values at {share} of the bandwidth."
+        return [f"## At depth {DEPTH}", "", note, "", *table(head, rows)]
 
     return render
 
@@ -251,21 +370,32 @@ def batch(b: Bench) -> Render:
     rows = [
         b.kbit("kbit 4 bits, batches", b.saved[4], "batch"),
         b.kbit("kbit 4 bits, batches, avx2", b.saved[4], "batch", "avx2"),
-        b.row("llama.cpp Q4_0, batches", lambda: peers.llama_batch(b.peer.native, b.files["Q4_0"], b.threads, BATCHES, b.timeout)),
+        b.row("llama.cpp Q4_0, batches", b.llama_batches),
     ]
 
     def render() -> list[str]:
         lines = []
         for row in rows:
-            rates = [row[f"batch{size}"] for size in BATCHES]
-            lines.append([row.name, *(f"{n(x)} ({n(x / rates[0], 2)})" for x in rates)])
+            each = [row[f"batch{size}"] for size in BATCHES]
+            lines.append([row.name, *(f"{n(x)} ({n(x / each[0], 2)})" for x in each)])
         head = ["", *map(str, BATCHES)]
-        return ["## Batched decode, k = 4 against Q4_0: all tokens/s (times one sequence)", "", *table(head, lines)]
+        return [
+            "## Batched decode, k = 4 against Q4_0: all tokens/s (times one sequence)",
+            "",
+            *table(head, lines),
+        ]
 
     return render
 
 
-PARTS = {"widths": widths, "files": files, "isas": isas, "depth": depth, "batch": batch}
+PARTS = {
+    "widths": widths,
+    "memory": memory,
+    "files": files,
+    "isas": isas,
+    "depth": depth,
+    "batch": batch,
+}
 
 
 def without_tokenizer(saved: Path) -> Path:
@@ -284,11 +414,25 @@ def machine(threads: int) -> str:
     facts = dict(line.split(":", 1) for line in reversed(info.splitlines()) if ":" in line)
     facts = {key.strip(): value.strip() for key, value in facts.items()}
     flags = facts.get("flags", "").split()
-    wanted = ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "amx_bf16"]
+    wanted = [
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512vbmi",
+        "avx512_bf16",
+        "amx_int8",
+        "amx_bf16",
+    ]
     has, lacks = [f for f in wanted if f in flags], [f for f in wanted if f not in flags]
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
-    return (f"{facts.get('model name', platform.processor())} (family {facts.get('cpu family')}, model {facts.get('model')}), {os.cpu_count()} cores, "
-            f"{threads} threads; has {' '.join(has)}; lacks {' '.join(lacks) or 'none of those asked for'}. kbit {commit or 'outside git'}.")  # fmt: skip
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    return (
+        f"{facts.get('model name', platform.processor())} "
+        f"(family {facts.get('cpu family')}, model {facts.get('model')}), {os.cpu_count()} cores, "
+        f"{threads} threads; has {' '.join(has)}; lacks {' '.join(lacks) or 'none asked for'}. "
+        f"kbit {commit or 'outside git'}."
+    )
 
 
 def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
@@ -296,37 +440,63 @@ def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
     peer = peers.get(args.cache, jobs=os.cpu_count() or 1)
     source: Path = args.cache / args.shape
     print("weights", file=sys.stderr, flush=True)
-    peers.run(peer.python, Path(__file__).with_name("shapes.py"), args.shape, args.cache, timeout=3600)
+    peers.run(
+        peer.python, Path(__file__).with_name("shapes.py"), args.shape, args.cache, timeout=3600
+    )
     gguf = source.with_name(source.name + "-bf16.gguf")
     saved = {}
     for bits in args.bits:
         saved[bits] = args.cache / f"{args.shape}-kbit{bits}"
         if not saved[bits].exists():
             print(f"quantising to {bits} bits", file=sys.stderr, flush=True)
-            peers.run(sys.executable, "-m", "kbit", "quantize", source, saved[bits], "--bits", str(bits), timeout=3600)
+            peers.run(
+                sys.executable,
+                "-m",
+                "kbit",
+                "quantize",
+                source,
+                saved[bits],
+                "--bits",
+                str(bits),
+                timeout=3600,
+            )
     kinds = {"Q4_0", "Q4_K_M"}
     if "widths" in parts:
         kinds |= {NEAREST[bits] for bits in args.bits}
     if "files" in parts:
         kinds |= set(SAME_FILE)
     found = {kind: peers.quantised(peer, gguf, kind) for kind in sorted(kinds)}
-    return Bench(shapes.SHAPES[args.shape], saved, found, peer, args.threads, args.rounds, args.timeout)
+    return Bench(
+        shapes.SHAPES[args.shape], saved, found, peer, args.threads, args.rounds, args.timeout
+    )
 
 
 def main() -> None:
     """Run it."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ask.add_argument("--shape", choices=sorted(shapes.SHAPES), default="1B")
-    ask.add_argument("--threads", type=int, default=min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
-    ask.add_argument("--rounds", type=int, default=3, help=f"default 3; at depth at most {DEEP_ROUNDS}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+    ask.add_argument("--threads", type=int, default=min(4, cores))
+    ask.add_argument(
+        "--rounds", type=int, default=3, help=f"default 3; at depth at most {DEEP_ROUNDS}"
+    )
     ask.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
-    ask.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the comparison; default: all")
+    ask.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; default: all"
+    )
     ask.add_argument("--timeout", type=float, default=300, help="seconds one measurement may take")
-    ask.add_argument("--cache", type=Path, default=ROOT / ".cache/compare", help="where peers and models are kept")
+    ask.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / ".cache/compare",
+        help="where peers and models are kept",
+    )
     ask.add_argument("--output", type=Path, help="default: benches/results/<date>-<shape>.md")
     args = ask.parse_args()
     args.cache = args.cache.absolute()
-    if 4 not in args.bits and set(args.only) - {"widths", "files"}:
+    if 4 not in args.bits and set(args.only) - {"widths", "memory", "files"}:
         ask.error("the parts isas, depth and batch are measured with 4 bits: leave 4 in --bits")
     to: Path = args.output or ROOT / f"benches/results/{datetime.date.today()}-{args.shape}.md"
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -340,15 +510,30 @@ def main() -> None:
         b.limits()
     except peers.Failed as error:
         sys.exit(f"compare: {error}")
-    report = [f"# {args.shape} shape, {datetime.date.today()}", "", machine(args.threads), *b.peer.notes, ""]
-    report += [f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds "
-               f"({min(args.rounds, DEEP_ROUNDS)} at depth), {(time.monotonic() - start) / 60:.0f} minutes.",
-               f"Limits, the better of before and after: memory is read at {b.bandwidth:.1f} GB/s, int8 peaks at {b.peak:.2f} TOPS.", ""]  # fmt: skip
+    report = [
+        f"# {args.shape} shape, {datetime.date.today()}",
+        "",
+        machine(args.threads),
+        *b.peer.notes,
+        "",
+    ]
+    report += [
+        f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds "
+        f"({min(args.rounds, DEEP_ROUNDS)} at depth), {(time.monotonic() - start) / 60:.0f} minutes.",
+        f"Limits, the better of before and after: memory is read at {b.bandwidth:.1f} GB/s, "
+        f"int8 peaks at {b.peak:.2f} TOPS.",
+        "",
+    ]
     for render in renders:
         report += render()
     failed = [row for row in b.rows.values() if row.failed]
     if failed:
-        report += ["## Failed", "", *(f"- {row.name}: `{' '.join(row.failed.split())[:600]}`" for row in failed), ""]
+        report += [
+            "## Failed",
+            "",
+            *(f"- {row.name}: `{' '.join(row.failed.split())[:600]}`" for row in failed),
+            "",
+        ]
     to.write_text("\n".join(report))
     print(to.read_text())
     sys.exit(1 if failed else 0)

@@ -2,8 +2,9 @@
 
     python benches/ours.py MODEL THREADS WHAT STARTED
 
-`WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (load and one token), speed,
-depth or batch; `STARTED` is the clock when the process was asked for. Prints one line of JSON: seconds, tokens/s, bytes.
+`WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (load and one
+token), speed, depth or batch; `STARTED` is the clock when the process was asked for. Prints one line of JSON: seconds,
+tokens/s, bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
 
     start = time.perf_counter()
     model = kbit.load(path, threads=threads, context=8192)
-    out: dict[str, float | str] = {"load": time.perf_counter() - start, "bits": model.bits_per_weight, "nbytes": model.nbytes}
+    out: dict[str, float | str] = {"load": time.perf_counter() - start}
+    out |= {"bits": model.bits_per_weight, "nbytes": model.nbytes}
     engine, rng = model.engine, np.random.default_rng(1)
 
     def submit(prompt: int, new: int):  # noqa: ANN202
@@ -80,7 +82,12 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
 
 def main() -> None:
     """Run it."""
-    path, threads, what, started = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+    path, threads, what, started = (
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        sys.argv[3],
+        float(sys.argv[4]),
+    )
     print(json.dumps(read(path) if what == "read" else measure(path, threads, what, started)))
 
 

@@ -1,6 +1,6 @@
-"""The engines kbit is compared with: llama.cpp (built from the llama-cpp-python source package) and mistral.rs (its wheel).
+"""The engines kbit is compared with: llama.cpp (built from the source package of llama-cpp-python), mistral.rs.
 
-A peer that cannot be had ends the run; one that gives no measurement is `Failed`, so that a table is never silently shorter.
+One that cannot be had ends the run; one that gives no measurement has `Failed`: a table is never silently shorter.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from pathlib import Path
 
 LLAMA_CPP = "0.3.36"
 MISTRALRS = "0.9.5"
-PACKAGES = ["cmake==4.4.4", "ninja==1.13.2", f"mistralrs=={MISTRALRS}", "gguf==0.19.0", "tokenizers", "safetensors", "numpy"]
+PACKAGES = [f"mistralrs=={MISTRALRS}", "cmake==4.4.4", "ninja==1.13.2"]
+PACKAGES += ["gguf==0.19.0", "tokenizers==0.23.3", "safetensors==0.8.0", "numpy"]
 # Plain AVX2: what llama.cpp runs on a processor without AVX-512, against KBIT_ISA=avx2.
-AVX2 = ["-DGGML_NATIVE=OFF", "-DGGML_AVX=ON", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON"]
+AVX2 = [
+    "-DGGML_NATIVE=OFF",
+    "-DGGML_AVX=ON",
+    "-DGGML_AVX2=ON",
+    "-DGGML_FMA=ON",
+    "-DGGML_F16C=ON",
+    "-DGGML_BMI2=ON",
+]
 NATIVE = ["-DGGML_NATIVE=ON"]
 
 
@@ -63,7 +71,13 @@ def run(*command: str | Path, timeout: float, env: dict[str, str] | None = None)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()
         try:
-            child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=os.environ | (env or {}))
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=os.environ | (env or {}),
+            )
         except OSError as error:
             raise Failed(f"{name}: {error}") from None
         ended = threading.Timer(timeout, child.kill)
@@ -83,7 +97,9 @@ def run(*command: str | Path, timeout: float, env: dict[str, str] | None = None)
         text = out.read()
         if child.returncode:
             err.seek(0)
-            raise Failed(f"{name} ended with {child.returncode}: {text[-1000:]}{err.read()[-2000:]}")
+            raise Failed(
+                f"{name} ended with {child.returncode}: {text[-1000:]}{err.read()[-2000:]}"
+            )
         return Ran(text, seconds, usage.ru_maxrss * 1024)
 
 
@@ -97,10 +113,11 @@ def _has_amx() -> bool:
 
 
 def _guard_tile_configuration(source: Path) -> bool:
-    """Put a compiler barrier before `_tile_loadconfig`: gcc 12 leaves the configuration in registers and the load faults."""
+    """Put a compiler barrier before `_tile_loadconfig`: gcc 12 leaves it in registers and the load faults."""
     file = source / "ggml/src/ggml-cpu/amx/mmq.cpp"
     text = file.read_text()
-    guarded = re.sub(r"\n(\s*)_tile_loadconfig\(&tc\);", r'\n\1asm volatile("" ::: "memory");\n\1_tile_loadconfig(\&tc);', text)
+    barrier = r'\n\1asm volatile("" ::: "memory");\n\1_tile_loadconfig(&tc);'
+    guarded = re.sub(r"\n([ \t]*)_tile_loadconfig\(&tc\);", barrier, text)
     if "asm volatile" not in text:
         file.write_text(guarded)
     return "asm volatile" in file.read_text()
@@ -111,11 +128,21 @@ def _build(source: Path, to: Path, flags: list[str], tools: Path, jobs: int) -> 
     env_cmake, ninja = tools / "cmake", tools / "ninja"
     if not (to / "done").exists():
         _run(
-            env_cmake, "-S", source, "-B", to, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release",
-            "-DBUILD_SHARED_LIBS=ON", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN", "-DLLAMA_CURL=OFF",
+            env_cmake, "-S", source, "-B", to, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_CURL=OFF",
+            "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN",
             "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", *flags,
         )  # fmt: skip
-        _run(ninja, "-C", to, f"-j{jobs}", "ggml-cpu", "llama-bench", "llama-batched-bench", "llama-quantize")
+        _run(
+            ninja,
+            "-C",
+            to,
+            f"-j{jobs}",
+            "ggml-cpu",
+            "llama-bench",
+            "llama-batched-bench",
+            "llama-quantize",
+        )
         (to / "done").touch()
     return to / "bin"
 
@@ -156,15 +183,19 @@ def get(cache: Path, jobs: int) -> Peers:
     notes = []
     if _has_amx():
         if not _guard_tile_configuration(source):
-            sys.exit("peers: llama.cpp's AMX source has changed: the barrier before _tile_loadconfig found no place")
-        notes.append("llama.cpp's AMX code got a compiler barrier before _tile_loadconfig (gcc 12 drops the store)")
+            sys.exit(
+                "peers: llama.cpp's AMX source has changed: the barrier before _tile_loadconfig found no place"
+            )
+        notes.append(
+            "llama.cpp's AMX code got a compiler barrier before _tile_loadconfig (gcc 12 drops the store)"
+        )
     native = _build(source, cache / "native", NATIVE, tools, jobs)
     avx2 = _variant(source, native, cache / "avx2", AVX2, tools, jobs)
     no_amx = native
     if _has_amx():
-        no_amx = _variant(source, native, cache / "no-amx", [*NATIVE, "-DGGML_AMX_TILE=OFF", "-DGGML_AMX_INT8=OFF",
-                          "-DCMAKE_CXX_FLAGS=-mno-amx-tile -mno-amx-int8", "-DCMAKE_C_FLAGS=-mno-amx-tile -mno-amx-int8"],
-                          tools, jobs)  # fmt: skip
+        off = "-mno-amx-tile -mno-amx-int8"  # stronger than -march=native, wherever it stands
+        flags = [*NATIVE, f"-DCMAKE_C_FLAGS={off}", f"-DCMAKE_CXX_FLAGS={off}"]
+        no_amx = _variant(source, native, cache / "no-amx", flags, tools, jobs)
     return Peers(tools / "python", native, avx2, no_amx, tuple(notes))
 
 
@@ -172,16 +203,26 @@ def quantised(peers: Peers, source: Path, kind: str) -> Path:
     """`source` (GGUF) as type `kind`, written once."""
     to = source.with_name(source.name.replace("-bf16.gguf", f"-{kind}.gguf"))
     if not to.exists():
-        part = source.with_name("writing.part")  # a type in the name would be taken for the argument
+        part = source.with_name(
+            "writing.part"
+        )  # a type in the name would be taken for the argument
         _run(peers.native / "llama-quantize", "--allow-requantize", source, part, kind)
         part.rename(to)
     return to
 
 
-def llama_bench(binaries: Path, model: Path, threads: int, timeout: float, *, depth: int = 0, flash: str = "auto") -> dict[str, float]:
+def llama_bench(
+    binaries: Path,
+    model: Path,
+    threads: int,
+    timeout: float,
+    *,
+    depth: int = 0,
+    flash: str = "auto",
+) -> dict[str, float]:
     """Tokens/s of 512 prompt tokens and of 128 generated ones after `depth` tokens, one repetition after a warm-up."""
-    ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", "512", "-n", "128", "-d", str(depth), "-fa", flash,
-              "-r", "1", "-o", "json", timeout=timeout)  # fmt: skip
+    ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", "512", "-n", "128", "-d", str(depth),
+              "-fa", flash, "-r", "1", "-o", "json", timeout=timeout)  # fmt: skip
     rows = json.loads(ran.output)
     return {
         "prefill": next(r["avg_ts"] for r in rows if r["n_prompt"]),
@@ -197,27 +238,34 @@ def llama_start(binaries: Path, model: Path, threads: int, timeout: float) -> di
     return {"first_token": ran.seconds}
 
 
-def llama_batch(binaries: Path, model: Path, threads: int, batches: Sequence[int], timeout: float) -> dict[str, float]:
+def llama_batch(
+    binaries: Path, model: Path, threads: int, batches: Sequence[int], timeout: float
+) -> dict[str, float]:
     """Generated tokens/s of each number of sequences together, as batch1, batch2 and so on."""
-    ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160), "-npp", "16", "-ntg", "64",
-              "-npl", ",".join(map(str, batches)), "--output-format", "jsonl", timeout=timeout)  # fmt: skip
+    ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160),
+              "-npp", "16", "-ntg", "64", "-npl", ",".join(map(str, batches)), "--output-format", "jsonl",
+              timeout=timeout)  # fmt: skip
     rows = [json.loads(line) for line in ran.output.splitlines() if line.startswith("{")]
     return {f"batch{row['pl']}": float(row["speed_tg"]) for row in rows}
 
 
-# Prompts share no beginning and nothing is kept of them, so that every one is read whole. Tokens/s are those of its own usage record.
+# Prompts share no beginning and nothing is kept of them, so that every one is read whole. Seconds are those of its own
+# usage record.
 MISTRAL = """
 import json, resource, sys, time
 from mistralrs import CompletionRequest, Runner, Which
 path, what, started = sys.argv[1], sys.argv[2], float(sys.argv[3])
 folder, _, file = path.rpartition("/")
 start = time.perf_counter()
-runner = Runner(which=Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file), prefix_cache_n=0)
+which = Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file)
+runner = Runner(which=which, prefix_cache_n=0)
 out = {"load": time.perf_counter() - start}
 def ask(first, tokens, new):
     text = " ".join(f"w{(first + i) % 1500}" for i in range(tokens))
-    usage = runner.send_completion_request(CompletionRequest(prompt=text, model="default", max_tokens=new, temperature=0.0)).usage
-    assert abs(usage.prompt_tokens - tokens) < 4 and usage.completion_tokens == new, (usage.prompt_tokens, usage.completion_tokens)
+    request = CompletionRequest(prompt=text, model="default", max_tokens=new, temperature=0.0)
+    usage = runner.send_completion_request(request).usage
+    got = usage.prompt_tokens, usage.completion_tokens
+    assert abs(got[0] - tokens) < 4 and got[1] == new, got
     return usage
 ask(1, 8, 1)
 out["first_token"] = time.time() - started
@@ -238,7 +286,11 @@ print(json.dumps(out))
 
 def mistral(peers: Peers, model: Path, threads: int, what: str, timeout: float) -> dict[str, float]:
     """Tokens/s of mistral.rs on a GGUF file: `what` is speed, or depth for those behind 4096 tokens."""
-    env = {"RAYON_NUM_THREADS": str(threads), "CANDLE_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    env = {
+        "RAYON_NUM_THREADS": str(threads),
+        "CANDLE_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
     ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), timeout=timeout, env=env)
     lines = [line for line in ran.output.splitlines() if line.startswith("{")]
     if not lines:

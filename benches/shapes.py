@@ -53,16 +53,28 @@ class Shape:
             yield hf + "self_attn.v_proj.weight", gg + "attn_v.weight", (kv, self.hidden)
             yield hf + "self_attn.o_proj.weight", gg + "attn_output.weight", (self.hidden, q)
             yield hf + "post_attention_layernorm.weight", gg + "ffn_norm.weight", (self.hidden,)
-            yield hf + "mlp.gate_proj.weight", gg + "ffn_gate.weight", (self.intermediate, self.hidden)
+            yield (
+                hf + "mlp.gate_proj.weight",
+                gg + "ffn_gate.weight",
+                (self.intermediate, self.hidden),
+            )
             yield hf + "mlp.up_proj.weight", gg + "ffn_up.weight", (self.intermediate, self.hidden)
-            yield hf + "mlp.down_proj.weight", gg + "ffn_down.weight", (self.hidden, self.intermediate)
+            yield (
+                hf + "mlp.down_proj.weight",
+                gg + "ffn_down.weight",
+                (self.hidden, self.intermediate),
+            )
         yield "model.norm.weight", "output_norm.weight", (self.hidden,)
         if not self.tied:
             yield "lm_head.weight", "output.weight", (self.vocab, self.hidden)
 
     def operations(self) -> int:
         """Multiplications and additions of matrices for one token of a prompt, which needs no output head."""
-        layers = (dims for name, _, dims in self.tensors() if name.startswith("model.layers.") and len(dims) == 2)
+        layers = (
+            dims
+            for name, _, dims in self.tensors()
+            if name.startswith("model.layers.") and len(dims) == 2
+        )
         return 2 * sum(rows * columns for rows, columns in layers)
 
     def kv_bytes(self) -> int:
@@ -88,11 +100,17 @@ def _values(index: int, shape: tuple[int, ...]) -> NDArray[np.uint16]:
 
 def tokens(vocab: int) -> list[str]:
     """A SentencePiece-style vocabulary: specials, bytes, then made-up words."""
-    return ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(f"▁w{i}" for i in range(vocab - SPECIAL))]
+    return [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *(f"▁w{i}" for i in range(vocab - SPECIAL)),
+    ]
 
 
 def write_tokenizer(vocab: int, to: Path) -> None:
-    """Write a byte-level BPE tokenizer.json of `vocab` entries, as large and as slow to read as those of real models."""
+    """Write a byte-level BPE tokenizer.json of `vocab` entries, as slow to read as those of real models."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<unk>", "<s>", "</s>"]
@@ -107,7 +125,10 @@ def write_tokenizer(vocab: int, to: Path) -> None:
             break
     entries = [*special, *sorted(alphabet), *(a + b for a, b in merges)]
     tokenizer = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.save(str(to))
 
@@ -128,12 +149,17 @@ def write_directory(shape: Shape, to: Path) -> Path:
         if size > 500 << 20 or index == len(listed) - 1:
             file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
             specs = {
-                k: TensorSpec(dtype="bfloat16", shape=v.shape, data_ptr=v.ctypes.data, data_len=v.nbytes) for k, v in shard.items()
+                k: TensorSpec(
+                    dtype="bfloat16", shape=v.shape, data_ptr=v.ctypes.data, data_len=v.nbytes
+                )
+                for k, v in shard.items()
             }
             serialize_file(specs, str(to / file), None)
             weight_map |= dict.fromkeys(shard, file)
             shard, size = {}, 0
-    (to / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (to / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (to / "done").touch()
     return to
 
@@ -166,8 +192,12 @@ def write_gguf(shape: Shape, to: Path) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     listed = list(shape.tensors())
-    for index, (_, name, dims) in enumerate(listed):
-        kind, itemsize = (gguf.GGMLQuantizationType.F32, 4) if len(dims) == 1 else (gguf.GGMLQuantizationType.BF16, 2)
+    for _, name, dims in listed:
+        kind, itemsize = (
+            (gguf.GGMLQuantizationType.F32, 4)
+            if len(dims) == 1
+            else (gguf.GGMLQuantizationType.BF16, 2)
+        )
         # the writer takes the shape in bytes of a row for raw types
         raw = dims if len(dims) == 1 else (dims[0], dims[1] * itemsize)
         dtype = np.dtype(np.float32 if len(dims) == 1 else np.uint8)

@@ -260,6 +260,7 @@ class Engine:
         activations: str = "int8",
         context: int | None = None,
         max_batch: int = 16,
+        max_waiting: int = 16384,
     ) -> Engine:
         """Bind weights (canonical names) to a device and start the loop.
 
@@ -273,6 +274,7 @@ class Engine:
             activations: ``"int8"`` into k-bit weights, or ``"f32"``, for measuring.
             context: Positions of a sequence, if fewer than the model has.
             max_batch: Requests that run at once; others wait.
+            max_waiting: Requests and passes that may wait for a place; one more raises MemoryBudgetError.
 
         Raises:
             ModelFormatError: Spec and weights do not fit; the sentence names every tensor on both sides.
@@ -300,7 +302,14 @@ class Engine:
         eos: Sequence[int] = (),
         logprobs: int | None = None,
     ) -> Request:
-        """Queue a prompt. Ends at an id of `eos` (which is emitted last), after `max_new_tokens`, or at the context's end."""
+        """Queue a prompt. Ends at an id of `eos` (which is emitted last), after `max_new_tokens`, or at the context's end.
+
+        Raises:
+            ValueError: An empty prompt, an id outside the vocabulary, or a sampling value out of range.
+            ContextOverflowError: A prompt that leaves no room in the context.
+            MemoryBudgetError: As many requests wait as may.
+            DeviceError: The engine was closed.
+        """
     def forward(
         self, ids: NDArray[np.uint32], *, hidden_states: bool = False, attentions: bool = False
     ) -> dict[str, Any]:

@@ -19,6 +19,8 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// Requests that run at once.
     pub max_batch: usize,
+    /// Requests that may wait for a place; one more is refused.
+    pub max_waiting: usize,
 }
 
 impl Default for EngineOptions {
@@ -27,6 +29,7 @@ impl Default for EngineOptions {
             device: Options::default(),
             context: None,
             max_batch: 16,
+            max_waiting: 16384,
         }
     }
 }
@@ -75,6 +78,6 @@ impl Engine {
             .filter_map(|name| weights.remove(name))
             .collect();
         let runner = device.prepare(program.clone(), ordered, options.device)?;
-        Self::new(&program, runner, options.max_batch)
+        Self::new(&program, runner, options.max_batch, options.max_waiting)
     }
 }

@@ -338,9 +338,13 @@ enum Fault {
     Nan,
 }
 
-struct Faulty(Box<dyn Runner>, Fault);
+/// A runner whose `run` is something else: `run(inner, batch, want, cancel)`.
+struct Wrapped<F>(Box<dyn Runner>, F);
 
-impl Runner for Faulty {
+impl<F> Runner for Wrapped<F>
+where
+    F: FnMut(&mut dyn Runner, &[Part<'_>], Want, &AtomicBool) -> kbit_tensor::Result<Output> + Send,
+{
     fn open(&mut self, planned: usize) -> kbit_tensor::Result<SequenceId> {
         self.0.open(planned)
     }
@@ -362,31 +366,7 @@ impl Runner for Faulty {
         want: Want,
         cancel: &AtomicBool,
     ) -> kbit_tensor::Result<Output> {
-        let bad = batch.iter().find(|p| p.ids.contains(&49));
-        match (bad, self.1) {
-            (Some(_), Fault::Error) => return Err(Error::Device("token 49".into())),
-            (Some(_), Fault::Panic) => panic!("token 49"),
-            (Some(_), Fault::Hang) => {
-                while !cancel.load(Ordering::Relaxed) {
-                    std::thread::yield_now();
-                }
-                return Err(Error::Cancelled);
-            }
-            _ => {}
-        }
-        let mut output = self.0.run(batch, want, cancel)?;
-        // Every part of these tests is a whole prompt, so its row is its place.
-        for (row, _) in batch
-            .iter()
-            .enumerate()
-            .filter(|(_, p)| self.1 == Fault::Nan && p.ids.contains(&49))
-        {
-            output.argmax[row] = u32::MAX;
-            if want.logits {
-                output.logits[row * 50 + 7] = f32::NAN;
-            }
-        }
-        Ok(output)
+        (self.1)(&mut *self.0, batch, want, cancel)
     }
     fn cache_bytes(&self) -> usize {
         self.0.cache_bytes()
@@ -397,9 +377,39 @@ impl Runner for Faulty {
 }
 
 fn faulty(fault: Fault) -> Engine {
+    faulty_engine(fault, 8, 64)
+}
+
+fn faulty_engine(fault: Fault, max_batch: usize, max_waiting: usize) -> Engine {
     let spec = common::spec();
     let (program, runner) = common::runner(&spec, &common::shapes(&spec), 0);
-    Engine::new(&program, Box::new(Faulty(runner, fault)), 8).unwrap()
+    let run = move |inner: &mut dyn Runner, batch: &[Part<'_>], want: Want, cancel: &AtomicBool| {
+        let bad = |p: &Part<'_>| p.ids.contains(&49);
+        match fault {
+            _ if !batch.iter().any(bad) => {}
+            Fault::Error => return Err(Error::Device("token 49".into())),
+            Fault::Panic => panic!("token 49"),
+            Fault::Hang => {
+                while !cancel.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                return Err(Error::Cancelled);
+            }
+            Fault::Nan => {}
+        }
+        let mut output = inner.run(batch, want, cancel)?;
+        // Every part of these tests is a whole prompt, so its row is its place.
+        let bad = batch.iter().enumerate().filter(|(_, p)| bad(p));
+        for (row, _) in bad {
+            output.argmax[row] = u32::MAX;
+            if want.logits {
+                output.logits[row * 50 + 7] = f32::NAN;
+            }
+        }
+        Ok(output)
+    };
+    let runner = Box::new(Wrapped(runner, run));
+    Engine::new(&program, runner, max_batch, max_waiting).unwrap()
 }
 
 /// Ids that stay away from 49.
@@ -499,52 +509,19 @@ fn a_long_operation_is_left_at_once() {
     assert!(since.elapsed() < Duration::from_secs(20));
 }
 
-/// Counts the ids of each step.
-struct Recording(Box<dyn Runner>, Arc<Mutex<Vec<Vec<usize>>>>);
-
-impl Runner for Recording {
-    fn open(&mut self, planned: usize) -> kbit_tensor::Result<SequenceId> {
-        self.0.open(planned)
-    }
-    fn close(&mut self, sequence: SequenceId) {
-        self.0.close(sequence);
-    }
-    fn len(&self, sequence: SequenceId) -> usize {
-        self.0.len(sequence)
-    }
-    fn truncate(&mut self, sequence: SequenceId, len: usize) {
-        self.0.truncate(sequence, len);
-    }
-    fn fork(&mut self, sequence: SequenceId, planned: usize) -> kbit_tensor::Result<SequenceId> {
-        self.0.fork(sequence, planned)
-    }
-    fn run(
-        &mut self,
-        batch: &[Part<'_>],
-        want: Want,
-        cancel: &AtomicBool,
-    ) -> kbit_tensor::Result<Output> {
-        self.1
-            .lock()
-            .unwrap()
-            .push(batch.iter().map(|p| p.ids.len()).collect());
-        self.0.run(batch, want, cancel)
-    }
-    fn cache_bytes(&self) -> usize {
-        self.0.cache_bytes()
-    }
-    fn threads(&self) -> usize {
-        1
-    }
-}
-
 #[test]
 fn a_long_prompt_stalls_nobody() {
     let mut spec = common::spec();
     spec.max_position_embeddings = 4096;
     let (program, runner) = common::runner(&spec, &common::shapes(&spec), 0);
     let steps = Arc::new(Mutex::new(Vec::new()));
-    let engine = Engine::new(&program, Box::new(Recording(runner, steps.clone())), 4).unwrap();
+    let seen = steps.clone();
+    let run = move |inner: &mut dyn Runner, batch: &[Part<'_>], want: Want, cancel: &AtomicBool| {
+        let counts: Vec<usize> = batch.iter().map(|p| p.ids.len()).collect();
+        seen.lock().unwrap().push(counts);
+        inner.run(batch, want, cancel)
+    };
+    let engine = Engine::new(&program, Box::new(Wrapped(runner, run)), 4, 64).unwrap();
     let running = engine.submit(generate(prompt(0, 5), 400)).unwrap();
     while running
         .wait(Duration::from_millis(10))
@@ -583,4 +560,37 @@ fn a_long_prompt_stalls_nobody() {
             .windows(2)
             .any(|w| w[0].len() > 1 && w[1].len() == 1 && w[1][0] > 128)
     );
+}
+
+#[test]
+fn more_waiting_than_may_is_refused_until_one_has_left() {
+    let engine = faulty_engine(Fault::Hang, 1, 3);
+    let hanging = engine.submit(generate(vec![49], 1)).unwrap();
+    while engine.stats().running == 0 {
+        std::thread::yield_now();
+    }
+    let first = engine.submit(generate(good(5), 2)).unwrap();
+    let second = engine.submit(generate(good(6), 2)).unwrap();
+    let third = engine.submit(generate(good(7), 2)).unwrap();
+    assert_eq!(engine.stats().waiting, 3);
+    let refused = [
+        engine.submit(generate(good(8), 2)).err(),
+        engine.pass(good(8), PassKind::Score { start: 1 }).err(),
+    ];
+    for error in refused {
+        match error {
+            Some(Error::Memory(message)) => assert!(
+                message.starts_with("3 requests wait for a place and at most 3 may"),
+                "{message}"
+            ),
+            other => panic!("{other:?}"),
+        }
+    }
+    // Nothing that was accepted suffers, and there is room again.
+    drop(hanging);
+    for request in [first, second, third] {
+        assert_eq!(all(&request).unwrap().len(), 2);
+    }
+    let fourth = engine.submit(generate(good(8), 2)).unwrap();
+    assert_eq!(all(&fourth).unwrap().len(), 2);
 }

@@ -60,7 +60,7 @@ impl Engine {
     #[new]
     #[pyo3(signature = (
         spec, weights, *, device = "cpu", threads = 0, kv = "f16", cache_bytes = 0, activations = "int8", context = None,
-        max_batch = 16
+        max_batch = 16, max_waiting = 16384
     ))]
     fn new(
         py: Python<'_>,
@@ -73,6 +73,7 @@ impl Engine {
         activations: &str,
         context: Option<usize>,
         max_batch: usize,
+        max_waiting: usize,
     ) -> PyResult<Self> {
         let weights = collect(weights)?;
         let device = self::device(device)?;
@@ -86,6 +87,7 @@ impl Engine {
             },
             context,
             max_batch,
+            max_waiting,
         };
         let spec = spec.to_string();
         let build =

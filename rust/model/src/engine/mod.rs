@@ -122,6 +122,7 @@ pub struct Stats {
 
 struct Shared {
     inbox: Mutex<Inbox>,
+    max_waiting: usize,
     wake: Condvar,
     /// Stops the step under way: something in it was cancelled.
     interrupt: AtomicBool,
@@ -134,8 +135,17 @@ struct Shared {
 struct Inbox {
     requests: VecDeque<step::Job>,
     passes: VecDeque<step::Job>,
+    /// What the loop took from here and has given no place yet.
+    taken: usize,
     /// Why there is no more loop.
     closed: Option<String>,
+}
+
+impl Inbox {
+    /// Requests and passes without a place.
+    fn waiting(&self) -> usize {
+        self.taken + self.requests.len() + self.passes.len()
+    }
 }
 
 /// The caller's and the loop's view of one request or pass.
@@ -176,16 +186,25 @@ fn again(error: &Error) -> Error {
 }
 
 impl Engine {
-    /// Starts the loop. `max_batch`: requests that run at once.
+    /// Starts the loop. `max_batch`: requests that run at once; `max_waiting`: requests and passes that may wait for a
+    /// place, beyond which [`Engine::submit`] and [`Engine::pass`] refuse.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an empty batch, [`Error::Device`] when the system grants no thread.
-    pub fn new(program: &Program, runner: Box<dyn Runner>, max_batch: usize) -> Result<Self> {
-        if max_batch == 0 {
-            return Err(Error::Argument("max_batch must be at least 1, is 0".into()));
+    /// [`Error::Argument`] where one of them is 0, [`Error::Device`] when the system grants no thread.
+    pub fn new(
+        program: &Program,
+        runner: Box<dyn Runner>,
+        max_batch: usize,
+        max_waiting: usize,
+    ) -> Result<Self> {
+        for (name, n) in [("max_batch", max_batch), ("max_waiting", max_waiting)] {
+            if n == 0 {
+                return Err(Error::Argument(format!("{name} must be at least 1, is 0")));
+            }
         }
         let shared = Arc::new(Shared {
             inbox: Mutex::default(),
+            max_waiting,
             wake: Condvar::new(),
             interrupt: AtomicBool::new(false),
             stats: Mutex::default(),
@@ -225,9 +244,8 @@ impl Engine {
     /// Counters.
     pub fn stats(&self) -> Stats {
         let stats = *lock(&self.shared.stats);
-        let inbox = lock(&self.shared.inbox);
         Stats {
-            waiting: stats.waiting + inbox.requests.len() + inbox.passes.len(),
+            waiting: lock(&self.shared.inbox).waiting(),
             ..stats
         }
     }
@@ -236,7 +254,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Argument`] for an empty prompt, ids outside the vocabulary or sampling values out of range,
-    /// [`Error::ContextOverflow`] for a prompt that leaves no room, [`Error::Device`] after [`Engine::close`].
+    /// [`Error::ContextOverflow`] for a prompt that leaves no room, [`Error::Memory`] when as many wait as may,
+    /// [`Error::Device`] after [`Engine::close`].
     pub fn submit(&self, generate: Generate) -> Result<Request> {
         generate.sampling.validate()?;
         self.validate(&generate.ids)?;
@@ -343,6 +362,12 @@ impl Engine {
         let mut inbox = lock(&self.shared.inbox);
         if let Some(why) = &inbox.closed {
             return Err(Error::Device(why.clone()));
+        }
+        let (waiting, most) = (inbox.waiting(), self.shared.max_waiting);
+        if waiting >= most {
+            return Err(Error::Memory(format!(
+                "{waiting} requests wait for a place and at most {most} may (max_waiting); try again when some have ended"
+            )));
         }
         match job.work {
             step::Work::Pass { .. } => inbox.passes.push_back(job),

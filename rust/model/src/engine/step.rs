@@ -123,9 +123,10 @@ impl Loop {
         for job in running.chain(here).chain(waiting) {
             job.slot.end(Err(Error::Device(why.clone())));
         }
+        inbox.taken = 0;
         drop(inbox);
         let mut stats = lock(&self.shared.stats);
-        (stats.running, stats.waiting, stats.cache_bytes) = (0, 0, 0);
+        (stats.running, stats.cache_bytes) = (0, 0);
     }
 
     /// Until the engine is closed; says why it was.
@@ -138,6 +139,7 @@ impl Loop {
             }
             self.sweep();
             self.admit();
+            self.publish();
             let plan = self.plan();
             if !plan.is_empty() {
                 self.execute(&plan);
@@ -150,7 +152,8 @@ impl Loop {
         let mut stats = lock(&self.shared.stats);
         stats.cache_bytes = self.runner.cache_bytes();
         stats.running = self.active.len() + usize::from(self.pass.is_some());
-        stats.waiting = self.requests.len() + self.passes.len();
+        drop(stats);
+        lock(&self.shared.inbox).taken = self.requests.len() + self.passes.len();
     }
 
     /// Takes what was submitted, waiting when there is nothing else to do.
@@ -170,6 +173,7 @@ impl Loop {
         }
         self.requests.append(&mut inbox.requests);
         self.passes.append(&mut inbox.passes);
+        inbox.taken = self.requests.len() + self.passes.len();
         inbox.closed.clone()
     }
 

@@ -122,5 +122,5 @@ pub(crate) fn runner(
 pub(crate) fn engine(max_batch: usize, cache_bytes: usize) -> Engine {
     let spec = spec();
     let (program, runner) = runner(&spec, &shapes(&spec), cache_bytes);
-    Engine::new(&program, runner, max_batch).unwrap()
+    Engine::new(&program, runner, max_batch, 64).unwrap()
 }

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import kbit
 import tiny
 from engines import finish, load, parts
-from kbit import _core
+from kbit import _core, loading
 
 EXCEPTIONS = {
     "ModelFormatError": ValueError,
@@ -248,6 +248,8 @@ def test_an_engine_says_what_does_not_fit(tmp_path):
         ({"activations": "f64"}, "activations must be"),
         ({"context": 10**6}, "context 1000000 asked of a model with 128 positions"),
         ({"max_batch": 0}, "max_batch must be at least 1, is 0"),
+        ({"max_waiting": 0}, "max_waiting must be at least 1, is 0"),
+        ({"threads": loading.MAX_THREADS + 1}, f"threads must be at most {loading.MAX_THREADS}"),
     ]:
         with pytest.raises((ValueError, kbit.KbitError), match=words):
             _core.Engine(spec, weights, **option)

@@ -215,8 +215,25 @@ def test_wrong_usage_is_two(run, argv):
     code, out, err = run(*argv)
     assert code == 2
     assert out == ""
-    assert "usage: kbit" in err
+    assert err.startswith("kbit")
+    assert "--help explains" in err
+    assert len(err.splitlines()) == 2
     assert "Traceback" not in err
+
+
+def test_an_unknown_log_level_is_wrong_usage(run, monkeypatch):
+    monkeypatch.setenv("KBIT_LOG", "loud")
+    code, out, err = run("generate", PROMPT, "-n", 1)
+    assert (code, out) == (2, "")
+    assert "KBIT_LOG=loud is none of debug, info" in err
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_work(run, plain, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(cli.quantize, "load_model", None)  # never reached
+    code, _, err = run("quantize", plain, tmp_path / "file" / "out", "--bits", 4)
+    assert code == 1
+    assert f"Not a directory: '{tmp_path / 'file'}'" in err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import kbit
+from kbit.generation import finish_all
 
 pytestmark = pytest.mark.core
 PROMPT = "Once upon a time"
@@ -397,3 +399,31 @@ def test_ctrl_c_ends_a_long_call_at_once(call):
         child.wait()
         child.stdout.close()
     assert took < 0.25
+
+
+def test_a_long_list_is_submitted_as_the_first_ones_finish():
+    waiting, most = set(), []
+
+    class Started:
+        def __init__(self, number):
+            self.number = number
+            waiting.add(number)
+            most.append(len(waiting))
+
+        def result(self):
+            if self.number == 7:
+                raise ValueError("the seventh")
+            waiting.discard(self.number)
+            return self.number
+
+        def close(self):
+            waiting.discard(self.number)
+
+    starts = [partial(Started, number) for number in range(7)]
+    assert finish_all(starts, at_once=3) == list(range(7))
+    assert max(most) == 3
+    starts = [partial(Started, number) for number in range(20)]
+    with pytest.raises(ValueError, match="the seventh"):
+        finish_all(starts, at_once=3)
+    assert not waiting
+    assert len(most) == 7 + 10

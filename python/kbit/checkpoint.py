@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from kbit import _core
@@ -100,6 +101,7 @@ def _weights_of(directory: Path) -> list[Path]:
         return candidates
     if candidates:
         some = ", ".join(path.name for path in candidates[:8])
+        some += ", ..." if len(candidates) > 8 else ""
         raise ModelFormatError(
             f"{directory}: {len(candidates)} weight files ({some}) and no {INDEX}; pass the path of one"
         )
@@ -158,25 +160,39 @@ def save(
     metadata: Mapping[str, Any],
     source: Source,
 ) -> None:
-    """Writes a model to a directory that loads without work: config, texts, and the weights last.
+    """Writes a model to a directory that loads without work: config, texts and weights.
+
+    Nothing takes its place before everything was written, so a full disk leaves what was there.
 
     Raises:
         OSError: It cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     described = {name: value for name, value in config.items() if name != "quantization_config"}
     described["quantization_config"] = {"quant_method": "kbit", **metadata}
-    _write_json(directory / "config.json", described)
-    for file, data in _texts(source):
-        target = directory / file
-        if isinstance(data, dict):
-            _write_json(target, data)
-        elif data.is_dir():
-            shutil.copytree(data, target, dirs_exist_ok=True)
-        elif not (target.exists() and target.samefile(data)):
-            shutil.copyfile(data, target)
     strings = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    _core.save_checkpoint(directory / WEIGHTS, spec.to_json(), weights, strings)
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".saving-", dir=directory) as name:
+            staging = Path(name)
+            _write_json(staging / "config.json", described)
+            for file, data in _texts(source):
+                if isinstance(data, dict):
+                    _write_json(staging / file, data)
+                elif data.is_dir():
+                    shutil.copytree(data, staging / file)
+                else:
+                    shutil.copyfile(data, staging / file)
+            _core.save_checkpoint(directory / WEIGHTS, spec.to_json(), weights, strings)
+            for path in [path for path in staging.rglob("*") if path.is_file()]:
+                target = directory / path.relative_to(staging)
+                target.parent.mkdir(exist_ok=True, parents=True)
+                path.replace(target)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # the first error is the one to report
+                directory.rmdir()
+        raise
 
 
 def _texts(source: Source) -> Iterator[tuple[str, Path | dict[str, Any]]]:
@@ -191,12 +207,4 @@ def _texts(source: Source) -> Iterator[tuple[str, Path | dict[str, Any]]]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Through a temporary file, so that a reader sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(
-            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,15 @@ from kbit.sampling import Completion, SamplingParams, Timings, TokenLogprob
 
 if TYPE_CHECKING:
     import asyncio
-    from types import TracebackType
 
     from kbit._core import Request
     from kbit.text import StreamDecoder
 
 WAIT_SECONDS = 0.05
 """Longest sleep in the engine before Python looks at signals."""
+
+AT_ONCE = 1024
+"""Requests of one list that the engine has at a time: far more than run, far fewer than may wait."""
 
 
 class StopStrings:
@@ -158,12 +161,7 @@ class Stream(Iterator[str]):
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -259,11 +257,22 @@ def _relay(
         loop.call_soon_threadsafe(events.put_nowait, end)
 
 
-def finish_all(streams: Sequence[Stream]) -> list[Completion]:
-    """Completions of requests that run side by side; one failure or Ctrl-C ends them all."""
+def finish_all(starts: Iterable[Callable[[], Stream]], at_once: int = AT_ONCE) -> list[Completion]:
+    """Completions, in order, of requests that run side by side; one failure or Ctrl-C ends them all.
+
+    Args:
+        starts: Each submits a request.
+        at_once: Most requests that are submitted and not finished.
+    """
+    done: list[Completion] = []
+    under_way: deque[Stream] = deque()
     try:
-        return [stream.result() for stream in streams]
+        for start in starts:
+            if len(under_way) >= at_once:
+                done.append(under_way[0].result())
+                under_way.popleft()
+            under_way.append(start())
+        return done + [stream.result() for stream in under_way]
     finally:
-        for stream in streams:
-            if stream.finish_reason is None:
-                stream.close()
+        for stream in under_way:
+            stream.close()

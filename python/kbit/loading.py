@@ -28,7 +28,8 @@ from kbit.text.hf_json import read_json
 BUNDLED = Path(__file__).parent / "models" / "stories"
 """The model that `load()` takes when it is given no name."""
 
-MAX_THREADS = 1024
+MAX_THREADS = 256
+"""Of the engine, which is only built once all weights are read."""
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
@@ -202,15 +202,10 @@ class Model:
         """
         params = self._params(params, sampling)
         several = _is_batch(prompt)
-        streams: list[Stream] = []
-        try:
-            for one in prompt if several else [prompt]:
-                ids = self._ids(one)
-                streams += [self._submit(ids, draw) for draw in _draws(params)]
-            done = finish_all(streams)
-        finally:
-            for stream in streams:
-                stream.close()
+        prompts = [self._ids(one) for one in (prompt if several else [prompt])]
+        done = finish_all(
+            partial(self._submit, ids, draw) for ids in prompts for draw in _draws(params)
+        )
         groups: list[Any] = [done[i : i + params.n] for i in range(0, len(done), params.n)]
         if params.n == 1:
             groups = done
@@ -424,12 +419,7 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 SHOW_AFTER_SECONDS = 1.0
 REDRAW_SECONDS = 0.1
@@ -44,11 +43,6 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from kbit import KbitError, __version__
 from kbit.cli import bench, chat, convert, doctor, generate, inspect, perplexity, quantize
-from kbit.cli.common import Formatter, UsageError
+from kbit.cli.common import Parser, UsageError
 
 COMMANDS = (generate, chat, quantize, convert, inspect, perplexity, bench, doctor)
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 EPILOG = """\
 examples:
@@ -28,11 +30,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage. KBIT_LOG=debug shows tracebacks."""
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="kbit",
         description="Runs language models in 2 to 8 bits per weight.",
         epilog=EPILOG,
-        formatter_class=Formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"kbit {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
@@ -47,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if it failed. Wrong usage raises SystemExit(2), as argparse does.
     """
-    level = os.environ.get("KBIT_LOG", "warning").upper()
-    logging.basicConfig(level=getattr(logging, level, logging.WARNING))
     args = parser().parse_args(argv)
+    level = os.environ.get("KBIT_LOG", "").upper() or "WARNING"
+    if level not in LOG_LEVELS:
+        args.parser.error(f"KBIT_LOG={level.lower()} is none of {', '.join(LOG_LEVELS).lower()}")
+    logging.basicConfig(level=level)
     try:
         return args.run(args)
     except UsageError as error:

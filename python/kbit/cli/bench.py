@@ -13,6 +13,7 @@ from kbit.cli.common import (
     Commands,
     UsageError,
     add_command,
+    add_model_argument,
     add_model_options,
     load_model,
     positive,
@@ -30,10 +31,7 @@ Rates are of tokens really produced: a random prompt is read, then tokens are ta
 def add(commands: Commands) -> None:
     """Declares `kbit bench`."""
     parser = add_command(commands, "bench", run, "measure tokens per second", EXAMPLES)
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL",
-        help="directory, .gguf, .safetensors or hub id (default: the bundled model)",
-    )  # fmt: skip
+    add_model_argument(parser)
     parser.add_argument(
         "--prompt-tokens", type=positive, default=256, metavar="N", help="default: 256"
     )

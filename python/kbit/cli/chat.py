@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from kbit.cli.common import (
     Commands,
     add_command,
+    add_model_argument,
     add_model_options,
     add_sampling_options,
     load_model,
@@ -28,10 +29,7 @@ An empty line or end of input ends the conversation; Ctrl-C stops an answer."""
 def add(commands: Commands) -> None:
     """Declares `kbit chat`."""
     parser = add_command(commands, "chat", run, "hold a conversation, one line a turn", EXAMPLES)
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL",
-        help="directory, .gguf, .safetensors or hub id (default: the bundled model)",
-    )  # fmt: skip
+    add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="instructions before the first turn")
     add_sampling_options(parser)
     add_model_options(parser)

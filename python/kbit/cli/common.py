@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from kbit.loading import load, parse_bytes
 from kbit.model import Model
@@ -23,8 +25,12 @@ class UsageError(Exception):
     """An argument that is wrong in itself: exit code 2."""
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps examples as written and says defaults."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of after a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help explains.\n")
 
 
 def add_command(
@@ -40,11 +46,26 @@ def add_command(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"examples:\n{examples}",
-        formatter_class=Formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Positional argument `[MODEL]`."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help="directory, .gguf, .safetensors or hub id (default: the bundled model)",
+    )  # fmt: skip
+
+
+def add_hub_options(parser: Any) -> None:
+    """Options of what may come from the hub; `parser` may be a group of one."""
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--cache-dir", metavar="DIR", help="instead of the hub's cache")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, bits: bool = True) -> None:
@@ -68,9 +89,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, bits: bool = True) -> 
     group.add_argument(
         "--memory", type=memory, metavar="SIZE", help="limit of weights and cache: 8GB, 512MiB"
     )
-    group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--cache-dir", metavar="DIR", help="instead of the hub's cache")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the network")
+    add_hub_options(group)
 
 
 _MODEL = (
@@ -129,10 +148,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def model_and(parser: argparse.ArgumentParser, last: str, help: str) -> None:
     """Positional arguments `[MODEL] last`."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL",
-        help="directory, .gguf, .safetensors or hub id (default: the bundled model)",
-    )  # fmt: skip
+    add_model_argument(parser)
     parser.add_argument(last, metavar=last.upper(), help=help)
 
 
@@ -189,6 +205,19 @@ def print_report(report: Mapping[str, Any], indent: str = "") -> None:
             print_report(cast("Mapping[str, Any]", value), indent + "  ")
         else:
             print(f"{indent}{name}: {value}")
+
+
+def check_writable(target: Path) -> None:
+    """Refuses a directory that cannot be written, before the work and not after it.
+
+    Raises:
+        OSError: It, or the directory that would hold it, is no directory or not writable.
+    """
+    here = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not here.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(here))
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(here))
 
 
 def read_text(path: str) -> str:

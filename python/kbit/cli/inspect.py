@@ -10,7 +10,16 @@ from typing import Any
 from kbit import checkpoint, loading
 from kbit._core import KbitError
 from kbit.checkpoint import Source
-from kbit.cli.common import Commands, add_command, positive, print_json, print_report, table
+from kbit.cli.common import (
+    Commands,
+    add_command,
+    add_hub_options,
+    add_model_argument,
+    positive,
+    print_json,
+    print_report,
+    table,
+)
 
 EXAMPLES = """\
   kbit inspect model.gguf
@@ -25,14 +34,12 @@ def add(commands: Commands) -> None:
     parser = add_command(
         commands, "inspect", run, "say what a model file is and how kbit runs it", EXAMPLES
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
+    add_model_argument(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
         "--context", type=positive, metavar="N", help="estimate memory for N positions"
     )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--cache-dir", metavar="DIR", help="instead of the hub's cache")
-    parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
+    add_hub_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

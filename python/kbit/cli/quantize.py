@@ -11,6 +11,7 @@ from kbit.cli.common import (
     add_command,
     add_model_options,
     bits_argument,
+    check_writable,
     load_model,
     print_json,
 )
@@ -41,6 +42,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantises while reading, then writes."""
     begin = time.perf_counter()
+    check_writable(Path(args.target))
     with load_model(args, args.source) as model:
         model.save(args.target)
         seconds = time.perf_counter() - begin

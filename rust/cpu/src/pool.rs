@@ -37,15 +37,19 @@ type Job<'a> = dyn Fn(&Team<'_>) -> std::result::Result<(), Stop> + Sync + 'a;
 /// Threads used when none are asked for: `KBIT_NUM_THREADS`, then what affinity and quota of this process allow.
 ///
 /// # Errors
-/// [`Error::Argument`] when `KBIT_NUM_THREADS` is set to something else than a number of 1..=256.
+/// [`Error::Argument`] when `KBIT_NUM_THREADS` is set to something else than a number in 1..256, both included.
 pub fn default_threads() -> Result<usize> {
     match std::env::var("KBIT_NUM_THREADS") {
         Ok(text) if !text.trim().is_empty() => match text.trim().parse() {
             Ok(n) if (1..=MAX_THREADS).contains(&n) => Ok(n),
             _ => Err(Error::Argument(format!(
-                "KBIT_NUM_THREADS must be a number of 1..={MAX_THREADS}, is {text:?}"
+                "KBIT_NUM_THREADS must be a number in 1..{MAX_THREADS}, is {text:?}"
             ))),
         },
+        Err(std::env::VarError::NotUnicode(text)) => Err(Error::Argument(format!(
+            "KBIT_NUM_THREADS must be a number in 1..{MAX_THREADS}, is {}",
+            text.display()
+        ))),
         _ => Ok(cores()),
     }
 }

@@ -50,12 +50,22 @@ pub(crate) fn read(source: &Source) -> Result<Header> {
     let mut length = [0; 8];
     source.read_at(0, &mut length)?;
     let length = u64::from_le_bytes(length);
+    let rest = size.saturating_sub(8);
+    let mut first = [0];
+    if rest > 0 {
+        source.read_at(8, &mut first)?;
+        if length > rest && first != *b"{" {
+            return Err(Error::Format(format!(
+                "{}: neither GGUF nor safetensors: no header follows the first 8 bytes",
+                source.path()
+            )));
+        }
+    }
     if length > MAX_HEADER {
         return Err(wrong(format!(
             "header of {length} bytes; at most {MAX_HEADER} are read"
         )));
     }
-    let rest = size.saturating_sub(8);
     let Some(data) = rest.checked_sub(length) else {
         return Err(wrong(format!(
             "header of {length} bytes, but {rest} follow its length"

@@ -123,6 +123,11 @@ fn safetensors_that_are_refused() {
         ("half a length", vec![1, 2, 3], "8 bytes"),
         ("no header", vec![0; 8], "not valid"),
         (
+            "a text",
+            b"root:x:0:0:root:/root:/bin/bash\n".to_vec(),
+            "neither GGUF nor safetensors",
+        ),
+        (
             "longest header",
             u64::MAX.to_le_bytes().to_vec(),
             "at most 100000000",

@@ -21,8 +21,8 @@ from pathlib import Path
 
 LLAMA_CPP = "0.3.36"
 MISTRALRS = "0.9.5"
-PACKAGES = [f"mistralrs=={MISTRALRS}", "cmake==4.4.4", "ninja==1.13.2"]
-PACKAGES += ["gguf==0.19.0", "tokenizers==0.23.3", "safetensors==0.8.0", "numpy"]
+BUILD = ["cmake==4.4.4", "ninja==1.13.2"]
+PACKAGES = [f"mistralrs=={MISTRALRS}", "gguf==0.19.0", "tokenizers==0.23.3", "safetensors==0.8.0", "numpy"]
 # Plain AVX2: what llama.cpp runs on a processor without AVX-512, against KBIT_ISA=avx2.
 AVX2 = [
     "-DGGML_NATIVE=OFF",
@@ -33,6 +33,10 @@ AVX2 = [
     "-DGGML_BMI2=ON",
 ]
 NATIVE = ["-DGGML_NATIVE=ON"]
+PROGRAMS = [
+    *("llama-bench", "llama-batched-bench", "llama-quantize"),
+    *("llama-completion", "llama-tokenize"),  # beside_llama.py
+]
 
 
 @dataclass(frozen=True)
@@ -126,24 +130,14 @@ def _guard_tile_configuration(source: Path) -> bool:
 def _build(source: Path, to: Path, flags: list[str], tools: Path, jobs: int) -> Path:
     """Build the programs into `to`/bin with the shared library of one instruction set."""
     env_cmake, ninja = tools / "cmake", tools / "ninja"
-    if not (to / "done").exists():
+    if not all((to / "bin" / name).exists() for name in PROGRAMS):
         _run(
             env_cmake, "-S", source, "-B", to, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_CURL=OFF",
             "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN",
             "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", *flags,
         )  # fmt: skip
-        _run(
-            ninja,
-            "-C",
-            to,
-            f"-j{jobs}",
-            "ggml-cpu",
-            "llama-bench",
-            "llama-batched-bench",
-            "llama-quantize",
-        )
-        (to / "done").touch()
+        _run(ninja, "-C", to, f"-j{jobs}", "ggml-cpu", *PROGRAMS)
     return to / "bin"
 
 
@@ -165,13 +159,23 @@ def _variant(source: Path, base: Path, to: Path, flags: list[str], tools: Path, 
     return to / "bin"
 
 
-def get(cache: Path, jobs: int) -> Peers:
-    """Install and build every peer under `cache` (minutes the first time)."""
+@dataclass(frozen=True)
+class Llama:
+    """Where llama.cpp is."""
+
+    tools: Path
+    source: Path
+    native: Path
+    notes: tuple[str, ...]
+
+
+def llama(cache: Path, jobs: int) -> Llama:
+    """Build llama.cpp under `cache` (minutes the first time)."""
     cache.mkdir(parents=True, exist_ok=True)
     tools = cache / "venv/bin"
     if not tools.exists():
         _run(sys.executable, "-m", "venv", cache / "venv")
-    _run(tools / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES)
+    _run(tools / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *BUILD)
     archive = cache / f"llama_cpp_python-{LLAMA_CPP}.tar.gz"
     if not archive.exists():
         _run(tools / "python", "-m", "pip", "download", "-q", "--no-deps",
@@ -189,14 +193,21 @@ def get(cache: Path, jobs: int) -> Peers:
         notes.append(
             "llama.cpp's AMX code got a compiler barrier before _tile_loadconfig (gcc 12 drops the store)"
         )
-    native = _build(source, cache / "native", NATIVE, tools, jobs)
+    return Llama(tools, source, _build(source, cache / "native", NATIVE, tools, jobs), tuple(notes))
+
+
+def get(cache: Path, jobs: int) -> Peers:
+    """Install and build every peer under `cache` (minutes the first time)."""
+    built = llama(cache, jobs)
+    tools, source, native = built.tools, built.source, built.native
+    _run(tools / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES)
     avx2 = _variant(source, native, cache / "avx2", AVX2, tools, jobs)
     no_amx = native
     if _has_amx():
         off = "-mno-amx-tile -mno-amx-int8"  # stronger than -march=native, wherever it stands
         flags = [*NATIVE, f"-DCMAKE_C_FLAGS={off}", f"-DCMAKE_CXX_FLAGS={off}"]
         no_amx = _variant(source, native, cache / "no-amx", flags, tools, jobs)
-    return Peers(tools / "python", native, avx2, no_amx, tuple(notes))
+    return Peers(tools / "python", native, avx2, no_amx, built.notes)
 
 
 def quantised(peers: Peers, source: Path, kind: str) -> Path:

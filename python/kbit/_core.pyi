@@ -234,8 +234,9 @@ def save_gguf(
     Args:
         path: The file to write.
         metadata: bool, int (written as u32 where it fits), float (f32), str, bytes (u8 array), and lists (int as i32).
-        tensors: (name, weights or arrays, whether they are stacked along a new outermost dimension, (heads, rotated rows of a
-            head) of a rotary projection whose halves become pairs side by side, or None).
+        tensors: (name, weights or arrays of one shape, whether they are stacked along a new outermost dimension or their
+            rows follow one another, (heads, rotated rows of a head) of a rotary projection whose halves become pairs side
+            by side, or None).
 
     Returns:
         The GGUF type of each tensor.

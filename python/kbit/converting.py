@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from kbit import _core, archs
 from kbit._core import ModelFormatError, TensorFile, UnsupportedModelError, Weight
-from kbit.archs._gguf import KEYS, SCALING, Gguf, gguf_names
+from kbit.archs._gguf import KEYS, SCALING, SWITCHES, Gguf, gguf_names
 from kbit.checkpoint import GGUF_TOKENIZER, Source
 from kbit.model import Model
 from kbit.names import Place, rope_halves, select_expert, targets
@@ -48,7 +49,7 @@ def convert(model: Model, target: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(target)
     types = _core.save_gguf(path, metadata, tensors)
     try:
-        _check(model.spec, archs.describe_gguf([TensorFile(path)]).spec)
+        _check(model.spec, _read_back(path, gguf))
     except BaseException:
         path.unlink()
         raise
@@ -70,8 +71,15 @@ def _architecture(model: Model, source: Source) -> archs.Architecture:
 
 
 def _tensors(model: Model, gguf: Gguf, names: Mapping[str, Any]) -> Iterator[Planned]:
-    """Every weight under its GGUF name; experts stacked."""
+    """Every weight under its GGUF name; experts stacked, and joined what is fused there under no other name."""
     left = dict(model.weights)
+    fused = {p: targets(value) for p, value in gguf.names.items() if len(targets(value)) > 1}
+    for pattern, parts in fused.items():
+        for i, suffix in itertools.product(range(len(model.spec.layers)), (".weight", ".bias")):
+            found = [part.name.replace("{i}", str(i)) + suffix for part in parts]
+            if left.keys() >= set(found):
+                name = pattern.replace("{i}", str(i)) + suffix
+                yield name, [left.pop(each) for each in found], False, None
     for pattern, value in names.items():
         steps = [target.steps for target in targets(value)]
         if len(steps) != 1 or any(step not in (rope_halves, select_expert) for step in steps[0]):
@@ -120,6 +128,8 @@ def _metadata(model: Model, gguf: Gguf) -> dict[str, Any]:
     values["num_hidden_layers"] = len(spec.layers)
     if spec.moe:
         values |= {name: value for name, value in asdict(spec.moe).items() if name in KEYS}
+    asked = {name: keys[0] for name, keys in KEYS.items() if name in SWITCHES} | dict(gguf.keys)
+    switches = {key: model.config[name] for name, key in asked.items() if name in model.config}
     windows = {layer.sliding_window for layer in spec.layers} - {None}
     if windows:
         values["sliding_window"] = windows.pop()
@@ -138,6 +148,7 @@ def _metadata(model: Model, gguf: Gguf) -> dict[str, Any]:
         # The first of the two epsilons is that of an RMS norm.
         key = keys[-1] if name == "norm_eps" and spec.norm == "layer" else keys[0]
         metadata[prefix + key] = value
+    metadata |= {prefix + key: value for key, value in switches.items()}
     metadata[f"{prefix}attention.value_length"] = spec.head_dim
     metadata[f"{prefix}vocab_size"] = spec.vocab_size
     return metadata
@@ -196,6 +207,15 @@ def _tokenizer(source: Source, spec: ModelSpec) -> dict[str, Any]:
 
 
 # The proof
+
+
+def _read_back(path: Path, gguf: Gguf) -> ModelSpec:
+    try:
+        return archs.describe_gguf([TensorFile(path)]).spec
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"convert: GGUF's {gguf.name} cannot say this ({error})"
+        ) from None
 
 
 def _check(meant: ModelSpec, found: ModelSpec) -> None:

@@ -349,9 +349,12 @@ def trim_memory() -> None:
 
 
 def load_tokenizer(source: Source) -> Tokenizer | None:
-    """The tokenizer of a model; None if a directory has none."""
+    """The tokenizer of a model; None if it has none."""
     if source.is_gguf:
-        return Tokenizer.from_gguf(source.files[0].metadata)
+        metadata = source.files[0].metadata
+        if metadata.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+            return None
+        return Tokenizer.from_gguf(metadata)
     keys = read_json(source.directory / checkpoint.GGUF_TOKENIZER) if source.is_saved else None
     if keys is not None:
         return Tokenizer.from_gguf(keys)

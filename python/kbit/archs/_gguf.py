@@ -41,6 +41,12 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Keys of `config.json` to metadata keys, which begin with the architecture's name."""
 
+SWITCHES = (
+    *("use_parallel_residual", "attention_multiplier", "embedding_multiplier"),
+    *("residual_multiplier", "logits_scaling"),
+)
+"""Those of `KEYS` that a spec knows by what they do to it, so that a file is written from the config."""
+
 SCALING: dict[str, str] = {
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",

@@ -3,11 +3,11 @@
 from kbit.archs._decoder import decoder
 from kbit.archs._gguf import Gguf
 from kbit.config import Config
-from kbit.names import NameMap, fused_heads
+from kbit.names import NameMap, fused_heads, fused_qkv
 from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("BloomForCausalLM",)
-GGUF = Gguf("bloom")
+GGUF = Gguf("bloom", names={"blk.{i}.attn_qkv": fused_qkv("layers.{i}.attn")})
 NAMES = NameMap(
     {
         "word_embeddings": "embed",

@@ -7,7 +7,7 @@ from kbit.names import NameMap, fused_qkv, to, transpose
 from kbit.spec import ModelSpec
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
-GGUF = Gguf("gpt2")
+GGUF = Gguf("gpt2", names={"blk.{i}.attn_qkv": fused_qkv("layers.{i}.attn")})
 NAMES = NameMap(
     {
         "wte": "embed",

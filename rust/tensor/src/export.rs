@@ -16,9 +16,9 @@ use crate::{DType, Error, KTensor, Result, ScaleType, Scales, Weight, parallel};
 pub struct GgufTensor<'a> {
     /// Its name there.
     pub name: String,
-    /// One weight, or equal ones that are stacked along a new outermost dimension (experts).
+    /// One weight, or several of one shape, the rows of each after those of the one before.
     pub parts: Vec<&'a Weight>,
-    /// Whether there is that dimension, even for one part.
+    /// Whether parts are stacked along a new outermost dimension (experts), even a single one.
     pub stacked: bool,
     /// (heads, rotated rows of a head) of a rotary projection whose halves become pairs side by side: the inverse of
     /// [`Transform::PermuteRope`](crate::Transform::PermuteRope).
@@ -56,19 +56,19 @@ pub fn save_gguf(
             .ok_or_else(|| wrong("no weight".into()))?;
         let shape = first.shape();
         if tensor.parts.iter().any(|part| part.shape() != shape)
-            || tensor.parts.len() != 1 && !tensor.stacked
+            || tensor.parts.len() != 1 && shape.is_empty()
         {
             let shapes: Vec<_> = tensor.parts.iter().map(|part| part.shape()).collect();
-            return Err(wrong(format!("weights of {shapes:?} cannot be stacked")));
+            return Err(wrong(format!("weights of {shapes:?} cannot be joined")));
         }
         let rows = Rows::new(&shape, tensor.rope).map_err(wrong)?;
         let kind = kind_of(&tensor.parts)?;
-        let mut outer = if tensor.stacked {
-            vec![tensor.parts.len()]
-        } else {
-            Vec::new()
-        };
-        outer.extend(&shape);
+        let mut outer = shape.clone();
+        if tensor.stacked {
+            outer.insert(0, tensor.parts.len());
+        } else if let Some(rows) = outer.first_mut() {
+            *rows *= tensor.parts.len();
+        }
         let elements: usize = outer.iter().product();
         written.push(Written {
             name: tensor.name.clone(),

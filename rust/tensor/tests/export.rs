@@ -218,6 +218,10 @@ fn metadata_dense_tensors_and_experts() {
         },
         stack("experts", &experts),
         stack("mixed", &mixed),
+        GgufTensor {
+            stacked: false,
+            ..stack("joined", &experts)
+        },
     ];
     save_gguf(&path, &metadata, &tensors).unwrap();
     let file = TensorFile::open(&path).unwrap();
@@ -240,6 +244,10 @@ fn metadata_dense_tensors_and_experts() {
         let second = load_weight(&[(&file, name)], &[select], Keep::AsStored, 0).unwrap();
         assert_eq!(values(&second), [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]);
     }
+    let joined = file.read("joined").unwrap();
+    assert_eq!(joined.shape(), [4, 3]);
+    let wanted = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15].map(|x| x as f32);
+    assert_eq!(joined.to_f32(), wanted);
     std::fs::remove_file(&path).unwrap();
 
     let errors = [
@@ -253,8 +261,8 @@ fn metadata_dense_tensors_and_experts() {
             ..one("differ", &vector)
         },
         GgufTensor {
-            parts: vec![&vector, &vector],
-            ..one("not stacked", &vector)
+            parts: vec![&vector, &bias],
+            ..one("rows", &vector)
         },
         GgufTensor {
             rope: Some((2, 2)),

@@ -22,7 +22,13 @@ from pathlib import Path
 LLAMA_CPP = "0.3.36"
 MISTRALRS = "0.9.5"
 BUILD = ["cmake==4.4.4", "ninja==1.13.2"]
-PACKAGES = [f"mistralrs=={MISTRALRS}", "gguf==0.19.0", "tokenizers==0.23.3", "safetensors==0.8.0", "numpy"]
+PACKAGES = [
+    f"mistralrs=={MISTRALRS}",
+    "gguf==0.19.0",
+    "tokenizers==0.23.3",
+    "safetensors==0.8.0",
+    "numpy",
+]
 # Plain AVX2: what llama.cpp runs on a processor without AVX-512, against KBIT_ISA=avx2.
 AVX2 = [
     "-DGGML_NATIVE=OFF",
@@ -127,33 +133,35 @@ def _guard_tile_configuration(source: Path) -> bool:
     return "asm volatile" in file.read_text()
 
 
-def _build(source: Path, to: Path, flags: list[str], tools: Path, jobs: int) -> Path:
-    """Build the programs into `to`/bin with the shared library of one instruction set."""
-    env_cmake, ninja = tools / "cmake", tools / "ninja"
+def _compile(
+    source: Path, to: Path, flags: list[str], tools: Path, jobs: int, targets: Sequence[str]
+) -> Path:
+    """Builds `targets` and returns the folder they are in; every library is looked for beside who needs it."""
+    cmake, ninja = tools / "cmake", tools / "ninja"
+    _run(
+        cmake, "-S", source, "-B", to, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release",
+        "-DBUILD_SHARED_LIBS=ON", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+        "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", *flags,
+    )  # fmt: skip
+    _run(ninja, "-C", to, f"-j{jobs}", *targets)
+    return to / "bin"
+
+
+def _native(source: Path, to: Path, tools: Path, jobs: int) -> Path:
+    """The programs, for this processor."""
     if not all((to / "bin" / name).exists() for name in PROGRAMS):
-        _run(
-            env_cmake, "-S", source, "-B", to, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_CURL=OFF",
-            "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN",
-            "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", *flags,
-        )  # fmt: skip
-        _run(ninja, "-C", to, f"-j{jobs}", "ggml-cpu", *PROGRAMS)
+        _compile(source, to, NATIVE, tools, jobs, ["ggml-cpu", *PROGRAMS])
     return to / "bin"
 
 
 def _variant(source: Path, base: Path, to: Path, flags: list[str], tools: Path, jobs: int) -> Path:
     """The programs of `base` with the CPU library built under other flags."""
     if not (to / "done").exists():
-        build = to / "build"
-        _run(
-            tools / "cmake", "-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
-            "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
-            "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN", *flags,
-        )  # fmt: skip
-        _run(tools / "ninja", "-C", build, f"-j{jobs}", "ggml-cpu")
-        shutil.copytree(base, to / "bin", symlinks=True, dirs_exist_ok=True)
-        for library in (build / "bin").glob("libggml-cpu*"):
-            (to / "bin" / library.name).unlink(missing_ok=True)
+        built = _compile(source, to / "build", flags, tools, jobs, ["ggml-cpu"])
+        shutil.rmtree(to / "bin", ignore_errors=True)  # of a run that was cut short
+        kept = shutil.ignore_patterns("libggml-cpu*")
+        shutil.copytree(base, to / "bin", symlinks=True, ignore=kept)
+        for library in built.glob("libggml-cpu*"):
             shutil.copy2(library, to / "bin" / library.name, follow_symlinks=False)
         (to / "done").touch()
     return to / "bin"
@@ -182,8 +190,12 @@ def llama(cache: Path, jobs: int) -> Llama:
              "-d", cache, f"llama-cpp-python=={LLAMA_CPP}")  # fmt: skip
     source = cache / f"llama_cpp_python-{LLAMA_CPP}" / "vendor/llama.cpp"
     if not source.exists():
+        name = archive.name.removesuffix(".tar.gz")
+        part = cache / "part"  # not a whole source before it has its name
         with tarfile.open(archive) as tar:
-            tar.extractall(cache, filter="data")
+            tar.extractall(part, filter="data")
+        (part / name).rename(cache / name)
+        part.rmdir()
     notes = []
     if _has_amx():
         if not _guard_tile_configuration(source):
@@ -193,7 +205,7 @@ def llama(cache: Path, jobs: int) -> Llama:
         notes.append(
             "llama.cpp's AMX code got a compiler barrier before _tile_loadconfig (gcc 12 drops the store)"
         )
-    return Llama(tools, source, _build(source, cache / "native", NATIVE, tools, jobs), tuple(notes))
+    return Llama(tools, source, _native(source, cache / "native", tools, jobs), tuple(notes))
 
 
 def get(cache: Path, jobs: int) -> Peers:

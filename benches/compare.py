@@ -135,21 +135,20 @@ class Bench:
         return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, what, self.timeout)
 
     def measure(self) -> None:
-        """Every row once a round."""
+        """Every row once a round; the limits of the machine before each round and after the last."""
         most = max(row.rounds for row in self.rows.values())
         for turn in range(most):
+            self.limits()
             for row in self.rows.values():
-                if turn < row.rounds and not row.failed:
-                    start = time.monotonic()
-                    row.again()
-                    note = (
-                        f"failed: {row.failed}"
-                        if row.failed
-                        else f"{time.monotonic() - start:.1f} s"
-                    )
-                    print(
-                        f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True
-                    )
+                if turn >= row.rounds or row.failed:
+                    continue
+                start = time.monotonic()
+                row.again()
+                note = (
+                    f"failed: {row.failed}" if row.failed else f"{time.monotonic() - start:.1f} s"
+                )
+                print(f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True)
+        self.limits()
 
     def limits(self) -> None:
         """Measures the machine; the best so far counts."""
@@ -505,9 +504,7 @@ def main() -> None:
         b = prepare(args, args.only)
         renders = [PARTS[part](b) for part in PARTS if part in args.only]
         start = time.monotonic()
-        b.limits()
         b.measure()
-        b.limits()
     except peers.Failed as error:
         sys.exit(f"compare: {error}")
     report = [
@@ -520,7 +517,7 @@ def main() -> None:
     report += [
         f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds "
         f"({min(args.rounds, DEEP_ROUNDS)} at depth), {(time.monotonic() - start) / 60:.0f} minutes.",
-        f"Limits, the better of before and after: memory is read at {b.bandwidth:.1f} GB/s, "
+        f"Limits, the best of those before each round and at the end: memory is read at {b.bandwidth:.1f} GB/s, "
         f"int8 peaks at {b.peak:.2f} TOPS.",
         "",
     ]

@@ -28,7 +28,8 @@ RANGES = {
     ("name", "value"), [(n, v) for n, (good, _) in RANGES.items() for v in good]
 )
 def test_accepts(name, value):
-    SamplingParams(**{name: value})
+    kept = getattr(SamplingParams(**{name: value}), name)
+    assert kept == (value if not name.startswith("stop") else tuple(value))
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, (_, bad) in RANGES.items() for v in bad])

@@ -343,7 +343,7 @@ class Beside(Generic[T]):
 
 
 def trim_memory() -> None:
-    """Hands freed memory back to the system: reading a large tokenizer.json leaves some 90 MB of it, which glibc keeps."""
+    """Hands freed memory back to the system: a large tokenizer.json leaves some 90 MB of it, which glibc keeps."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -217,7 +217,7 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                         let acts = tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
                         let mut block = decode.block(s, layout, at, chunk, 0);
                         vectors!(G => {
-                            if G > 0 && G * 4 % D::BLOCK == 0 {
+                            if G != 0 && (G * 4).is_multiple_of(D::BLOCK) {
                                 block = decode.block(s, layout, at, chunk, G / QUARTER);
                             }
                             let w = decode.vector::<{ G }>(s, &block, codes);
@@ -336,10 +336,10 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D,
             let acts = self.1.tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
             let mut block = decode.block(s, layout, at, chunk, 0);
             vectors!(G => {
-                if G > 0 && G * 4 % D::BLOCK == 0 {
+                if G != 0 && (G * 4).is_multiple_of(D::BLOCK) {
                     block = decode.block(s, layout, at, chunk, G / QUARTER);
                 }
-                if G * 4 % BLOCK == 0 {
+                if (G * 4).is_multiple_of(BLOCK) {
                     self.begin(state, chunk, G / QUARTER);
                 }
                 let w = decode.vector::<{ G }>(s, &block, codes);
@@ -348,7 +348,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D,
                     let a = activations(s, acts, G, n, M);
                     state.chains[n][chain] = s.dot(state.chains[n][chain], w, a);
                 }
-                if (G + 1) * 4 % BLOCK == 0 {
+                if ((G + 1) * 4).is_multiple_of(BLOCK) {
                     self.end(layout, state, chunk, G / QUARTER);
                 }
             });

@@ -451,19 +451,19 @@ unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usiz
         let mut bytes = [0i8; LANES];
         s.store_i8(q, &mut bytes);
         let group = (sup * SUPER + j * LANES) / 4;
-        for g in 0..4 {
-            let four = &bytes[4 * g..4 * g + 4];
+        let together = fours.min(LANES / 4);
+        for g in (0..LANES / 4).step_by(together) {
             let (run, part) = ((group + g) / fours, (group + g) % fours);
             let at = (run * tile.padded + token) * fours + part;
-            // SAFETY: the group is below the padded inputs.
+            let four = &bytes[4 * g..4 * (g + together)];
+            // SAFETY: the group is below the padded inputs, and so are those that lie together with it.
             unsafe {
                 if S::PAIRS {
                     let pairs = [four[0], four[2], four[1], four[3]].map(i16::from);
                     data.cast::<[i16; 4]>().add(at).write_unaligned(pairs);
                 } else {
-                    data.cast::<[i8; 4]>()
-                        .add(at)
-                        .write_unaligned([four[0], four[1], four[2], four[3]]);
+                    let to = data.cast::<i8>().add(4 * at);
+                    to.copy_from_nonoverlapping(four.as_ptr(), four.len());
                 }
             }
         }

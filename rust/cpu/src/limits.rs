@@ -7,7 +7,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use kbit_simd::{Isa, Simd, SimdOp, dispatch};
+use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch};
 use kbit_tensor::{Bytes, Error, Result};
 
 /// Best of several runs on `threads` threads.
@@ -19,7 +19,7 @@ pub struct Limits {
     pub read_plain: f64,
     /// The same with software prefetch, at the better of two distances.
     pub read_prefetched: f64,
-    /// int8 multiply-adds from registers, 10^12 operations a second (one multiply and one add count two).
+    /// int8 multiply-adds from registers, on AMX of tiles from L1; 10^12 operations a second (one multiply and one add count two).
     pub int8: f64,
 }
 
@@ -67,14 +67,15 @@ pub fn measure(isa: Isa, threads: usize, bytes: usize, runs: usize) -> Result<Li
         bytes as f64 / seconds / 1e9
     };
     let rounds = 1 << 18;
+    let operations = AtomicUsize::new(0);
     let seconds = best(threads, runs, &|| (), &|| {
-        black_box(dispatch(isa, Multiply { rounds }));
+        operations.store(dispatch(isa, Multiply { rounds }), Ordering::Relaxed);
     });
     Ok(Limits {
         threads,
         read_plain: read(0),
         read_prefetched: read(1024).max(read(3072)),
-        int8: (rounds * CHAINS * 128 * threads) as f64 / seconds / 1e12,
+        int8: (operations.into_inner() * threads) as f64 / seconds / 1e12,
     })
 }
 
@@ -153,15 +154,48 @@ impl SimdOp for Read<'_> {
 /// Independent accumulators, enough to hide the latency of the multiply.
 const CHAINS: usize = 8;
 
-/// Integer dot products out of registers.
+/// Tokens and inputs of a product of tiles, which takes two panels: all of it stays in L1.
+const TOKENS: usize = 32;
+const INPUTS: usize = 256;
+/// Rounds of dot products that take about as long as one of tiles.
+const PRODUCT: usize = 64;
+
+/// 64 weights as registers want them.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Vector(#[allow(dead_code, reason = "memory for products")] [u8; 64]);
+
+/// Integer dot products out of registers, or products of tiles where there are those. Gives the number of operations.
 struct Multiply {
     rounds: usize,
 }
 
-impl SimdOp for Multiply {
-    type Output = i32;
+impl Multiply {
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) -> i32 {
+    fn tiles<S: Simd>(&self, s: S) -> usize {
+        let (weights, acts) = ([[Vector([1; 64]); INPUTS / 4]; 2], [[1u8; INPUTS]; TOKENS]);
+        let mut dots = [[s.splat_i32(0); TOKENS]; 2];
+        s.begin_products();
+        for _ in 0..self.rounds / PRODUCT {
+            let (weights, acts) = black_box((&weights, &acts));
+            let weights = weights.each_ref().map(|panel| panel.as_ptr().cast());
+            // SAFETY: weights of two panels and activations are there for all inputs, and products have begun.
+            unsafe { s.product(weights, acts.as_ptr().cast(), 0..INPUTS / 4, &mut dots) };
+        }
+        s.end_products();
+        black_box(dots);
+        self.rounds / PRODUCT * 2 * LANES * TOKENS * INPUTS * 2
+    }
+}
+
+impl SimdOp for Multiply {
+    type Output = usize;
+    const TILES: bool = true;
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) -> usize {
+        if const { S::TILE == TOKENS } {
+            return self.tiles(s);
+        }
         let weights = [1, 3].map(|w| s.weights(s.splat_bytes(w ^ S::BIAS)));
         let four = [1u8; 8];
         #[allow(unsafe_code, reason = "the trait's contract of 8 readable bytes")]
@@ -179,17 +213,23 @@ impl SimdOp for Multiply {
         for sum in sums {
             all = s.add_i32(all, sum);
         }
-        s.reduce_add_i32(all)
+        black_box(s.reduce_add_i32(all));
+        self.rounds * CHAINS * LANES * 4 * 2
     }
 }
 
 #[cfg(test)]
+#[path = "../../simd/tests/emulator/mod.rs"]
+mod emulator;
+
+#[cfg(test)]
 mod tests {
+    use super::emulator::instruction_sets;
     use super::*;
 
     #[test]
     fn every_instruction_set_is_measured() {
-        for isa in Isa::available() {
+        for isa in instruction_sets() {
             let got = measure(isa, 2, 8 << 20, 1).expect("room for 8 MiB");
             assert!(got.read() > 0.01 && got.int8 > 1e-4, "{isa}: {got:?}");
         }
@@ -210,7 +250,7 @@ mod tests {
     #[test]
     fn the_read_reads_everything() {
         let bytes = Bytes::copy_of(&[1; 1024]).expect("room");
-        for isa in Isa::available() {
+        for isa in instruction_sets() {
             assert_eq!(
                 dispatch(
                     isa,

@@ -74,7 +74,7 @@ impl SimdOp for Chunk<'_> {
 /// Whether the instruction set has registers for a tile of four queries.
 #[inline(always)]
 fn wide<S: Simd>() -> bool {
-    matches!(S::ISA, Isa::Avx512 | Isa::Avx512Vbmi | Isa::Amx)
+    matches!(S::ISA, Isa::Avx512 | Isa::Avx512Vbmi)
 }
 
 impl Typed for Chunk<'_> {

@@ -235,10 +235,10 @@ fn multiply<S: Simd>(s: S, job: Job<'_>) {
     macro_rules! full {
         ($m:literal) => {
             match (job.scale.unrolled(), job.scale.has_subs()) {
-                (16, true) => s.run(Full::<S, $m, 16, true>(s, job)),
-                (16, false) => s.run(Full::<S, $m, 16, false>(s, job)),
-                (32, true) => s.run(Full::<S, $m, 32, true>(s, job)),
-                (32, false) => s.run(Full::<S, $m, 32, false>(s, job)),
+                (16, true) if const { S::RUN <= 16 } => s.run(Full::<S, $m, 16, true>(s, job)),
+                (16, false) if const { S::RUN <= 16 } => s.run(Full::<S, $m, 16, false>(s, job)),
+                (32, true) if const { S::RUN <= 32 } => s.run(Full::<S, $m, 32, true>(s, job)),
+                (32, false) if const { S::RUN <= 32 } => s.run(Full::<S, $m, 32, false>(s, job)),
                 (_, true) => s.run(Full::<S, $m, 64, true>(s, job)),
                 (_, false) => s.run(Full::<S, $m, 64, false>(s, job)),
             }
@@ -248,6 +248,7 @@ fn multiply<S: Simd>(s: S, job: Job<'_>) {
         match S::TILE {
             4 if const { S::TILE == 4 } => return full!(4),
             12 if const { S::TILE == 12 } => return full!(12),
+            32 if const { S::TILE == 32 } => return full!(32),
             _ => {}
         }
     }

@@ -47,23 +47,24 @@ CASES = (
         "gpt_neox",
         "bloom",
         "olmo",
-        "olmo2",
-        "stablelm",
     ),
     *(
+        "olmo2",
+        "stablelm",
         "starcoder2",
         "granite",
         "smollm3",
-        "gpt_oss",
-        "exaone4",
         "glm4",
         "cohere2",
         "seed_oss",
-        "ernie4_5",
         "arcee",
     ),
 )
-"""Golden models that are given random weights and Llama 2's tokenizer."""
+"""Golden models that are given random weights and Llama 2's tokenizer: those whose config llama.cpp can run."""
+VOCABULARY = ("embed_tokens", "embed_in", "embed_out", "wte", "word_embeddings.", "lm_head")
+"""In the names of tensors with a row a token."""
+EXACT = "--temp 0 -no-cnv --no-display-prompt --simple-io -t 2 -fa off -ctk f32 -ctv f32"
+"""Greedy, with attention in f32."""
 NEAR = {"f32": 1e-3, "q8": 5e-2}
 """Of the logits' standard deviation. llama.cpp rounds activations to 8 bits for quantised weights."""
 
@@ -91,10 +92,13 @@ def random_model(root: Path, case: str, tokenizer: Path | None) -> Path:
     metadata = TensorFile(ROOT / f"tests/golden/{case}.safetensors").metadata
     config = json.loads(metadata["config"])
     shapes = {
-        name: [size, *shape[1:]] if "embed" in name or "lm_head" in name else shape
+        name: [size, *shape[1:]] if any(part in name for part in VOCABULARY) else shape
         for name, shape in json.loads(metadata["tensors"]).items()
     }
-    (root / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    config["vocab_size"] = size
+    if config.get("sliding_window"):  # llama.cpp computes no window for some of these
+        config["sliding_window"] = config["max_position_embeddings"]
+    (root / "config.json").write_text(json.dumps(config))
     from safetensors.numpy import save_file
 
     save_file(weights(shapes, 7), root / "model.safetensors")
@@ -103,7 +107,7 @@ def random_model(root: Path, case: str, tokenizer: Path | None) -> Path:
 
 def write_llama_2_tokenizer(root: Path) -> None:
     """Llama 2's tokenizer.json, from the vocabulary and scores of the GGUF file beside the given vectors."""
-    from tokenizers import Tokenizer, models, normalizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
     from kbit.text.merges import merges_from_scores
 
@@ -120,6 +124,9 @@ def write_llama_2_tokenizer(root: Path) -> None:
     )
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     core.add_special_tokens(["<unk>", "<s>", "</s>"])
     core.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
@@ -144,19 +151,8 @@ def same_tokens(binaries: Path, model: kbit.Model, gguf: Path, count: int) -> st
         file = Path(folder) / "text"
         for text in texts(count):
             file.write_bytes(text.encode())
-            found = llama(
-                binaries,
-                "llama-tokenize",
-                "-m",
-                gguf,
-                "-f",
-                file,
-                "--ids",
-                "--no-bos",
-                "--no-parse-special",
-                "--no-escape",
-                "--log-disable",
-            )
+            options = "--ids --no-bos --no-parse-special --no-escape --log-disable".split()
+            found = llama(binaries, "llama-tokenize", "-m", gguf, "-f", file, *options)
             total += 1
             same = json.loads(found) == model.tokenize(text, add_special_tokens=False).tolist()
             equal += same
@@ -173,38 +169,16 @@ def compare(
     length = min(length, model.spec.max_position_embeddings - len(ids))
     done = model.generate(ids, max_new_tokens=length, temperature=0)
     ours = [model.tokenizer.token_bytes(i, special=False) or b"" for i in done.token_ids]
-    theirs = llama(
-        binaries,
-        "llama-completion",
-        "-m",
-        gguf,
-        "-p",
-        PROMPT,
-        "-n",
-        str(length),
-        "--temp",
-        "0",
-        "-no-cnv",
-        "--no-display-prompt",
-        "--simple-io",
-        "-t",
-        "2",
-        "-fa",
-        "off",
-        "-ctk",
-        "f32",
-        "-ctv",
-        "f32",
-        "-c",
-        str(len(ids) + length + 8),
-    )
+    # A few tokens more than are compared: the last ones may not be printed whole.
+    size = ["-n", str(length + 4), "-c", str(len(ids) + length + 16)]
+    theirs = llama(binaries, "llama-completion", "-m", gguf, "-p", PROMPT, *size, *EXACT.split())
     kinds = " ".join(sorted(set(types.values())))
     tokens = same_tokens(binaries, model, gguf, count) if count else ""
     agreed = 0
     while agreed < len(ours) and theirs.startswith(b"".join(ours[: agreed + 1])):
         agreed += 1
     rest = theirs[len(b"".join(ours)) :].strip()
-    if agreed == len(ours) and rest in (b"", b"[end of text]"):
+    if agreed == len(ours) and (len(ours) == length or rest in (b"", b"[end of text]")):
         return [kinds, tokens, f"all {agreed}{' and the end' if len(ours) < length else ''}", ""]
     logits = model.forward(np.concatenate([ids, np.array(done.token_ids[:agreed], np.uint32)]))[-1]
     best, second = np.argsort(logits)[::-1][:2]
@@ -242,7 +216,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         neox = random_model(root / "neox", "gpt_neox", SHARED / "tokenizers/gpt-neox-20b")
-        goldens = {case: random_model(root / case, case, None) for case in CASES}
+        # llama.cpp takes a model that is called phi-3 for one with Phi 3's control tokens.
+        goldens = {
+            case: random_model(root / f"random{i}", case, None) for i, case in enumerate(CASES)
+        }
         cases = [
             ("kbit-stories", stories, {"dtype": "f32"}, "f32"),
             *((f"kbit-stories, {b} bits", stories, {"bits": b}, "q8") for b in (8, 4)),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import kbit
@@ -115,6 +116,36 @@ def test_quantize_writes_what_it_says(run_json, run, tmp_path, plain):
     assert "layers.0.attn.q.weight" in out
 
 
+def test_inspect_gives_the_bits_of_a_saved_model(run_json):
+    found = run_json("inspect")
+    with kbit.load() as model:
+        sizes = {name: weight.shape for name, weight in model.weights.items()}
+        assert found["parameters"] == model.num_parameters
+        assert found["bits_per_weight"] == pytest.approx(model.bits_per_weight, abs=0.01)
+    for tensor in found["tensors"]:
+        if tensor["name"] in sizes:
+            weights = np.prod(sizes[tensor["name"]])
+            assert tensor["bits"] == pytest.approx(8 * tensor["bytes"] / weights, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("pytorch_model.bin", b"\x80\x02}q\x00.", "pickled code that kbit never opens; save it as"),
+        (
+            "model.safetensors",
+            b"<!doctype html>",
+            "neither GGUF nor safetensors; it begins with b'<!doctyp'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_model_is_named(run, tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = run("inspect", tmp_path / name)
+    assert code != 0
+    assert says in err
+
+
 def test_quantize_real_model_is_as_small_as_it_claims(run_json, tmp_path, shared):
     for bits in (2, 4, 8):
         report = run_json("quantize", shared("models/kbit-stories"), tmp_path / "q", "--bits", bits)
@@ -129,6 +160,8 @@ def test_inspect_tells_what_runs(run_json, plain, tmp_path):
     assert found["sizes"]["hidden_size"] == 64
     assert found["bits_per_weight"] == 16
     assert found["cache_bytes"] == {"positions": 64, "f32": 32768, "f16": 16384, "bf16": 16384}
+    assert found["memory_bytes"] == found["tensor_bytes"] + 16384
+    assert {tensor["bits"] for tensor in found["tensors"]} == {16}
     assert found["parameters"] == sum(w.size for w in tiny.weights().values())
     tiny.make(tmp_path / "bad", config={"model_type": "lama"})
     assert found["tensors"][0]["dtype"] == "BF16"

@@ -74,6 +74,10 @@ class Source:
         return found
 
 
+PICKLED = frozenset([".bin", ".pt", ".pth", ".ckpt", ".pkl"])
+"""Endings of weights that are programs."""
+
+
 def open_source(path: Path) -> Source:
     """Finds and opens the weights of a directory or file.
 
@@ -87,7 +91,22 @@ def open_source(path: Path) -> Source:
         stem, count = match[1], int(match[3])
         names = [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
         return Source(path, tuple(TensorFile(path.with_name(name)) for name in names))
+    if path.suffix in PICKLED:
+        raise _pickled(path.name)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] != b"GGUF" and start[8:] not in (b"{", b""):
+        raise ModelFormatError(
+            f"{path}: neither GGUF nor safetensors; it begins with {start[:8]!r}"
+        )
     return Source(path, (TensorFile(path),))
+
+
+def _pickled(what: str) -> ModelFormatError:
+    return ModelFormatError(
+        f"{what} is pickled code that kbit never opens; save it as safetensors with transformers: "
+        "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)"
+    )
 
 
 def _weights_of(directory: Path) -> list[Path]:
@@ -105,12 +124,9 @@ def _weights_of(directory: Path) -> list[Path]:
         raise ModelFormatError(
             f"{directory}: {len(candidates)} weight files ({some}) and no {INDEX}; pass the path of one"
         )
-    pickles = sorted((*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")))
+    pickles = sorted(path for path in directory.iterdir() if path.suffix in PICKLED)
     if pickles:
-        raise ModelFormatError(
-            f"{directory}: only {pickles[0].name}, which is pickled code that kbit never opens; save it as "
-            "safetensors with transformers: model.save_pretrained(directory)"
-        )
+        raise _pickled(f"{directory}: only {pickles[0].name}, which")
     raise ModelFormatError(f"{directory}: no {WEIGHTS}, no {INDEX}, no *.gguf")
 
 

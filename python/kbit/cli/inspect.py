@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from math import prod
 from typing import Any
@@ -52,12 +53,14 @@ def run(args: argparse.Namespace) -> int:
     )
     source = checkpoint.open_source(loading.locate(options))
     report = describe(source, args.context)
+    counts = weight_counts(source)
     tensors: list[dict[str, Any]] = [
         {
             "name": name,
             "dtype": file.dtype(name),
             "shape": list(file.shape(name)),
             "bytes": file.nbytes(name),
+            "bits": round(8 * file.nbytes(name) / max(counts[name], 1), 4),
         }
         for name, file in source.tensors().items()
     ]
@@ -66,13 +69,35 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print_report(report)
     if args.tensors:
-        rows = [["tensor", "dtype", "shape", "bytes"]]
+        rows = [["tensor", "dtype", "shape", "bytes", "bits"]]
         rows += [
-            [t["name"], t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}"]
+            [
+                t["name"],
+                t["dtype"],
+                "x".join(map(str, t["shape"])),
+                f"{t['bytes']:,}",
+                f"{t['bits']:.2f}",
+            ]
             for t in tensors
         ]
         print(table(rows))
     return 0
+
+
+def weight_counts(source: Source) -> dict[str, int]:
+    """Weights in every tensor: of a saved model those of the matrix that its bytes hold, none in what fills gaps."""
+    counts = {name: prod(file.shape(name)) for name, file in source.tensors().items()}
+    if source.is_saved:
+        matrices: dict[str, Any] = json.loads(source.files[0].metadata["kbit.tensors"])
+        for name in counts:
+            match matrices.get(name):
+                case {"k": {"rows": int(rows), "inputs": int(inputs)}}:
+                    counts[name] = rows * inputs
+                case None:
+                    counts[name] = 0
+                case _:
+                    pass
+    return counts
 
 
 def describe(source: Source, context: int | None) -> dict[str, Any]:
@@ -91,10 +116,9 @@ def describe(source: Source, context: int | None) -> dict[str, Any]:
         "tensor_types": dict(counts.most_common()),
         "tensor_bytes": stored,
     }
-    if not source.is_saved:
-        elements = sum(prod(file.shape(name)) for name, file in tensors.items())
-        report["parameters"] = elements
-        report["bits_per_weight"] = round(8 * stored / max(elements, 1), 4)
+    elements = sum(weight_counts(source).values())
+    report["parameters"] = elements
+    report["bits_per_weight"] = round(8 * stored / max(elements, 1), 4)
     try:
         found = loading.describe(source)
         if found.found is not None:
@@ -115,6 +139,8 @@ def describe(source: Source, context: int | None) -> dict[str, Any]:
         } | {"num_hidden_layers": len(spec.layers)},
         "cache_bytes": {"positions": positions}
         | {kv: int(row * positions * size) for kv, size in KV_BYTES.items()},
+        # Weights as they are stored, and the cache in 16 bits, which is the default.
+        "memory_bytes": stored + 2 * row * positions,
     }  # fmt: skip
     try:
         tokenizer = loading.load_tokenizer(source)

@@ -65,6 +65,7 @@ VOCABULARY = ("embed_tokens", "embed_in", "embed_out", "wte", "word_embeddings."
 """In the names of tensors with a row a token."""
 EXACT = "--temp 0 -no-cnv --no-display-prompt --simple-io -t 2 -fa off -ctk f32 -ctv f32"
 """Greedy, with attention in f32."""
+IDS = "--ids --no-bos --no-parse-special --no-escape --log-disable"
 NEAR = {"f32": 1e-3, "q8": 5e-2}
 """Of the logits' standard deviation. llama.cpp rounds activations to 8 bits for quantised weights."""
 
@@ -151,8 +152,7 @@ def same_tokens(binaries: Path, model: kbit.Model, gguf: Path, count: int) -> st
         file = Path(folder) / "text"
         for text in texts(count):
             file.write_bytes(text.encode())
-            options = "--ids --no-bos --no-parse-special --no-escape --log-disable".split()
-            found = llama(binaries, "llama-tokenize", "-m", gguf, "-f", file, *options)
+            found = llama(binaries, "llama-tokenize", "-m", gguf, "-f", file, *IDS.split())
             total += 1
             same = json.loads(found) == model.tokenize(text, add_special_tokens=False).tolist()
             equal += same

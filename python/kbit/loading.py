@@ -81,7 +81,8 @@ def load(
         dtype: Of weights that are not quantised: `"f32"`, `"f16"`, `"bf16"`; None: as stored. `"f32"` gives the
             reference path, with an f32 cache.
         device: `"cpu"` or `"gpu"`; None: `KBIT_DEVICE`, then `"cpu"`.
-        threads: None: `KBIT_NUM_THREADS`, then the cores this process may use.
+        threads: None: `KBIT_NUM_THREADS`, then the cores this process may use, of which decoding leaves one in four or
+            more to the application.
         context: Positions of a sequence; None: what the model was made for.
         kv: Type of the key-value cache: `"f32"`, `"f16"`, `"bf16"`, `"int8"`; None: `"f16"`, `"f32"` with f32 weights.
         activations: `"int8"`, or `"f32"` to run quantised weights on unquantised activations.

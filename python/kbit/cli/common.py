@@ -80,7 +80,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, bits: bool = True) -> 
         "--dtype", choices=("f32", "f16", "bf16"), help="of weights that are not quantised"
     )
     group.add_argument("--device", choices=("cpu", "gpu"), help="default: KBIT_DEVICE, then cpu")
-    group.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    group.add_argument("--threads", type=positive, metavar="N",
+        help="default: KBIT_NUM_THREADS, then all cores, less one while decoding on 4 or more",
+    )  # fmt: skip
     group.add_argument("--context", type=positive, metavar="N", help="positions of a sequence")
     group.add_argument("--kv", choices=("f32", "f16", "bf16", "int8"), help="type of the cache")
     group.add_argument(

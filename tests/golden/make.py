@@ -6,7 +6,7 @@ Run by hand where torch and transformers are (the extra `torch`); tests read onl
 
 A file holds the config, names and shapes of the tensors (values: golden_weights.py), and for two prompts
 of 48 ids: logits, hidden states after the first layer and at the end, attention weights of the
-first layer (first prompt), and a greedy continuation. A case named `long_*` holds the last logits
+first layer (first prompt), a greedy continuation, and the last logits with matrices in bfloat16. A case named `long_*` holds the last logits
 of one sequence that passes the window and the context before scaling.
 """
 
@@ -246,6 +246,15 @@ def outputs(model, ids):
     }
 
 
+def bf16_logits(model, ids):
+    """The last logits when matrices are rounded to bfloat16, as checkpoints hold them."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.dim() > 1 and "bias" not in name:
+                value.copy_(value.bfloat16().float())
+        return model(torch.tensor(ids), logits_to_keep=TAIL).logits.numpy()
+
+
 def make(case):
     model_type, fields = CASES[case]
     is_long = case.startswith("long_")
@@ -261,6 +270,8 @@ def make(case):
         else:
             tensors = outputs(model, ids)
         if tensors is not None:
+            if not is_long:
+                tensors["bf16_logits"] = bf16_logits(model, ids)
             break
     else:
         raise SystemExit(f"{case}: no seed without near-ties")

@@ -13,7 +13,7 @@ use crate::linear::Matrix;
 use crate::norm::{load, store};
 
 /// Bytes of weights that an item reads at least, where there is enough work.
-const ITEM_BYTES: usize = 48 << 10;
+const ITEM_BYTES: usize = 192 << 10;
 /// Items a thread should have at least.
 const ITEMS: usize = 8;
 /// Tokens from which an item is a few panels: kernels take them side by side, and there is enough to do.

@@ -279,7 +279,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: as the caller says.
         unsafe { multiply(self, weights, acts, groups, dots) }
     }
-    /// Asks for a cache line.
+    /// Asks for a cache line, into the second cache: far ahead, as memory wants it, is too much for the first.
     fn prefetch(self, at: *const u8);
 }
 

@@ -247,10 +247,10 @@ def outputs(model, ids):
 
 
 def bf16_logits(model, ids):
-    """The last logits when matrices are rounded to bfloat16, as checkpoints hold them."""
+    """The last logits when the matrices of products and of tokens are rounded to bfloat16."""
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if value.dim() > 1 and "bias" not in name:
+            if value.dim() > 1 and not any(word in name for word in ("bias", "wpe", "position")):
                 value.copy_(value.bfloat16().float())
         return model(torch.tensor(ids), logits_to_keep=TAIL).logits.numpy()
 

@@ -130,19 +130,18 @@ impl Scale {
         panel: *const u8,
         block: usize,
     ) -> S::I32 {
+        let at = panel.wrapping_add(layout.fine_at + block * LANES);
         // SAFETY: the fine section has 16 bytes a block.
-        let bytes = unsafe { sixteen(panel.add(layout.fine_at + block * LANES)) };
-        match self.kind {
-            Kind::Super {
-                sub: SubScale::I8, ..
-            } => {
-                // SAFETY: as above.
-                s.load_i8(unsafe { sixteen(panel.add(layout.fine_at + block * LANES)) })
+        unsafe {
+            match self.kind {
+                Kind::Super {
+                    sub: SubScale::I8, ..
+                } => s.load_i8(sixteen(at)),
+                Kind::Super {
+                    sub: SubScale::U4, ..
+                } => s.and_i32(s.load_u8(sixteen(at)), s.splat_i32(15)),
+                _ => s.load_u8(sixteen(at)),
             }
-            Kind::Super {
-                sub: SubScale::U4, ..
-            } => s.and_i32(s.load_u8(bytes), s.splat_i32(15)),
-            _ => s.load_u8(bytes),
         }
     }
 
@@ -430,13 +429,7 @@ impl<S: Simd> SimdOp for Settle<'_, S> {
         // SAFETY: all sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
         unsafe {
             match scale.kind {
-                Kind::Wide => {
-                    let sw = s.load_bf16(sixteen(panel.add(sup * layout.wide_bytes)));
-                    for n in 0..m {
-                        let factor = s.mul(sw, s.splat(*tile.scales.add(sup * m + n)));
-                        y[n] = s.fma(s.to_f32(dots[n]), factor, y[n]);
-                    }
-                }
+                Kind::Wide => unreachable!("settle_wide takes these"),
                 Kind::Float {
                     scale: kind,
                     offset,

@@ -130,17 +130,17 @@ impl SimdOp for Read<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> i32 {
         let mut sums = [s.splat_i32(0); READ / 64];
-        for turn in self.part.chunks_exact(READ) {
+        let turns: &[[u8; READ]] = bytemuck::cast_slice(self.part);
+        for turn in turns {
             if self.ahead > 0 {
                 for line in 0..READ / 64 {
                     // A prefetch past the end is only a hint.
                     s.prefetch(turn.as_ptr().wrapping_add(self.ahead + line * 64));
                 }
             }
-            let words: &[i32] = bytemuck::cast_slice(turn);
-            for (sum, line) in sums.iter_mut().zip(words.chunks_exact(16)) {
-                let line = line.try_into().expect("chunks of 16");
-                *sum = s.add_i32(*sum, s.load_i32(line));
+            let lines: &[[i32; LANES]; READ / 64] = bytemuck::cast_ref(turn);
+            for line in 0..READ / 64 {
+                sums[line] = s.add_i32(sums[line], s.load_i32(&lines[line]));
             }
         }
         let mut all = s.splat_i32(0);

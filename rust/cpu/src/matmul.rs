@@ -11,6 +11,8 @@ use crate::{Cpu, default_threads, pool};
 
 /// Tokens that are multiplied at once; bounds the copy of the activations.
 const TOKENS: usize = 512;
+/// Most panels that a thread takes at a time: kernels for many tokens take some side by side.
+const RUN: usize = 8;
 
 /// The output, of which every panel belongs to one thread.
 struct Output(*mut f32);
@@ -62,9 +64,9 @@ pub fn matmul(
         acts.fill_all(x, inputs);
         let (acts, y) = (&acts, &Output(y.as_mut_ptr()));
         pool::run(threads, cancel, &|team| {
-            team.for_each(matrix.panels(), |panel| {
-                // SAFETY: `y` has a place for every token and row, and `for_each` gives each panel to one thread.
-                unsafe { matrix.run(acts, panel..panel + 1, y.0, rows) };
+            team.for_runs(matrix.panels(), RUN, |panels| {
+                // SAFETY: `y` has a place for every token and row, and every panel goes to one thread.
+                unsafe { matrix.run(acts, panels, y.0, rows) };
             });
             team.barrier()
         })?;

@@ -464,12 +464,21 @@ impl Team<'_> {
     /// Calls `f` for items `0..items`, each on one thread of the team. All threads must come here, with the same number, at
     /// most [`LOOPS`] times between two barriers; nobody waits at the end. Items are skipped once the step is stopped.
     pub(crate) fn for_each(&self, items: usize, mut f: impl FnMut(usize)) {
+        self.for_runs(items, 1, |run| f(run.start));
+    }
+
+    /// [`Team::for_each`] for items that are cheaper together: `f` gets runs of neighbouring items, up to `most` of them while there is much left of
+    /// a range and shorter ones towards its end, where threads finish together only if they take little at a time.
+    pub(crate) fn for_runs(&self, items: usize, most: usize, mut f: impl FnMut(Range<usize>)) {
+        /// A run takes at most this part of what is left.
+        const PART: usize = 4;
+        let run = |left: usize| (left / PART).clamp(1, most.max(1));
         let Some(pool) = self.pool else {
-            for item in 0..items {
-                if self.stopped() {
-                    return;
-                }
-                f(item);
+            let mut next = 0;
+            while next < items && !self.stopped() {
+                let end = next + run(items - next);
+                f(next..end);
+                next = end;
             }
             return;
         };
@@ -480,15 +489,18 @@ impl Team<'_> {
             let share = self.share_of(owner, items);
             let cursor = &pool.cursors[owner].0[self.phase.get()][slot];
             // Looking first keeps the lines of finished neighbours shared.
-            while cursor.load(Relaxed) < share.len() {
-                let taken = cursor.fetch_add(1, Relaxed);
-                if taken >= share.len() {
-                    break;
+            let mut seen = cursor.load(Relaxed);
+            while seen < share.len() {
+                let end = seen + run(share.len() - seen);
+                if let Err(now) = cursor.compare_exchange_weak(seen, end, Relaxed, Relaxed) {
+                    seen = now;
+                    continue;
                 }
                 if self.stopped() {
                     return;
                 }
-                f(share.start + taken);
+                f(share.start + seen..share.start + end);
+                seen = cursor.load(Relaxed);
             }
         }
     }
@@ -554,6 +566,38 @@ mod tests {
                 );
                 run(threads, &NEVER, &|team| team.barrier()).expect("the pool works after a panic");
             }
+        }
+    }
+
+    /// Runs cover every item once, are no longer than asked for, and end in single items.
+    #[test]
+    fn runs_cover_every_item_once() {
+        for (threads, items, most) in [
+            (1, 100, 7),
+            (2, 33, 1),
+            (2, 80, 100),
+            (3, 1000, 16),
+            (4, 5, 100),
+        ] {
+            let counts: Vec<_> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+            let (longest, single) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            run(threads, &NEVER, &|team| {
+                team.for_runs(items, most, |run| {
+                    longest.fetch_max(run.len(), Relaxed);
+                    single.fetch_add(usize::from(run.len() == 1), Relaxed);
+                    counts[run].iter().for_each(|c| _ = c.fetch_add(1, Relaxed));
+                });
+                team.barrier()
+            })
+            .expect("no panic");
+            assert!(counts.iter().all(|c| c.load(Relaxed) == 1));
+            let longest = longest.load(Relaxed);
+            assert_eq!(
+                longest,
+                (items / threads / 4).clamp(1, most),
+                "{items} items"
+            );
+            assert!(single.load(Relaxed) >= threads);
         }
     }
 

@@ -12,8 +12,10 @@ use crate::acts::Acts;
 use crate::linear::Matrix;
 use crate::norm::{load, store};
 
-/// Bytes of weights that an item reads at least, where there is enough work.
-const ITEM_BYTES: usize = 192 << 10;
+/// Bytes of weights that an item of few tokens reads: a few microseconds, so that threads finish together.
+const ITEM_BYTES: usize = 64 << 10;
+/// The same of a run of items: long, so that memory is read as one stream.
+const RUN_BYTES: usize = 1 << 20;
 /// Items a thread should have at least.
 const ITEMS: usize = 8;
 /// Tokens from which an item is a few panels: kernels take them side by side, and there is enough to do.
@@ -78,6 +80,15 @@ impl Projection {
         (0..self.columns()).map(items).sum()
     }
 
+    /// Most items that one call should get.
+    pub(crate) fn run(&self, tokens: usize, threads: usize) -> usize {
+        if tokens >= MANY {
+            return 1;
+        }
+        let item = self.parts[0].panel_bytes * self.group(0, tokens, threads);
+        (RUN_BYTES / item).max(1)
+    }
+
     /// Which part, panels and output column an item is.
     fn locate(
         &self,
@@ -101,33 +112,69 @@ impl Projection {
         (0, 0..0, 0)
     }
 
-    /// Output columns of an item.
-    pub(crate) fn span(&self, item: usize, tokens: usize, threads: usize) -> Range<usize> {
-        let (part, panels, column) = self.locate(item, tokens, threads);
-        column + panels.start * ROWS..column + self.parts[part].matrix.rows().min(panels.end * ROWS)
+    /// Output columns of a run of items.
+    pub(crate) fn span(&self, items: Range<usize>, tokens: usize, threads: usize) -> Range<usize> {
+        let columns = |item| {
+            let (part, panels, column) = self.locate(item, tokens, threads);
+            let rows = self.parts[part].matrix.rows();
+            column + panels.start * ROWS..column + rows.min(panels.end * ROWS)
+        };
+        columns(items.start).start..columns(items.end - 1).end
     }
 
-    /// Computes one item for all tokens of the activations.
+    /// Computes a run of items for all tokens of the activations.
     ///
     /// # Safety
     /// `acts` gives filled activations of the same number of tokens; `to` has a row of all outputs for each, of which no
-    /// other thread touches this item's columns.
-    pub(crate) unsafe fn item<'a>(
+    /// other thread touches these items' columns.
+    pub(crate) unsafe fn items_of<'a>(
         &self,
         isa: Isa,
-        item: usize,
+        items: Range<usize>,
         threads: usize,
         acts: impl Fn(usize) -> &'a Acts,
         to: Target,
         scratch: &mut Vec<f32>,
     ) {
         let tokens = acts(self.parts[0].acts).tokens();
-        let (first, panels, column) = self.locate(item, tokens, threads);
+        let mut next = items.start;
+        while next < items.end {
+            let (part, mut panels, column) = self.locate(next, tokens, threads);
+            next += 1;
+            // Neighbours in one matrix are one piece of work.
+            while next < items.end {
+                let (also, more, _) = self.locate(next, tokens, threads);
+                if also != part {
+                    break;
+                }
+                panels.end = more.end;
+                next += 1;
+            }
+            // SAFETY: as the caller says.
+            unsafe { self.panels(isa, part, panels, column, &acts, to, scratch) };
+        }
+    }
+
+    /// Panels of part `first`, whose outputs start at `column`.
+    ///
+    /// # Safety
+    /// As [`Projection::items_of`].
+    unsafe fn panels<'a>(
+        &self,
+        isa: Isa,
+        first: usize,
+        panels: Range<usize>,
+        column: usize,
+        acts: &impl Fn(usize) -> &'a Acts,
+        to: Target,
+        scratch: &mut Vec<f32>,
+    ) {
         let part = &self.parts[first];
+        let tokens = acts(part.acts).tokens();
         let rows = panels.start * ROWS..part.matrix.rows().min(panels.end * ROWS);
         let column = column + rows.start;
         if self.epilogue == Epilogue::Store && part.bias.is_none() {
-            // SAFETY: the columns of this item start `rows.start` after the part's first.
+            // SAFETY: the columns of these panels start `rows.start` after the part's first.
             unsafe {
                 part.matrix.run(
                     acts(part.acts),
@@ -185,7 +232,7 @@ impl Projection {
     }
 }
 
-/// Epilogue of an item: `y` (and `up`), (tokens, width) of which `n` columns count, into `to` from `column` on.
+/// Epilogue of some panels: `y` (and `up`), (tokens, width) of which `n` columns count, into `to` from `column` on.
 struct Apply<'a> {
     epilogue: Epilogue,
     tokens: usize,
@@ -209,7 +256,7 @@ impl SimdOp for Apply<'_> {
         };
         for token in 0..self.tokens {
             let row = token * self.width;
-            // SAFETY: `Projection::item`'s caller gives this thread these columns.
+            // SAFETY: `Projection::items_of`'s caller gives this thread these columns.
             let out = unsafe {
                 std::slice::from_raw_parts_mut(
                     self.to.at.add(token * self.to.stride + self.column),

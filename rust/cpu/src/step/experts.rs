@@ -109,28 +109,34 @@ impl Pass<'_> {
             })
         };
         let items = active().map(|(.., items)| items).sum();
-        // Items mostly come in order; one that comes before the last, of a neighbour's range, is looked for from the start.
+        let most = active()
+            .map(|(_, projection, slots, _)| projection.run(slots.len(), threads))
+            .max();
+        // Runs mostly come in order; one that comes before the last, of a neighbour's range, is looked for from the start.
         let (mut experts, mut first, mut last) = (active().peekable(), 0, 0);
-        team.for_each(items, |item| {
-            if item < last {
+        team.for_runs(items, most.unwrap_or(1), |run| {
+            if run.start < last {
                 (experts, first) = (active().peekable(), 0);
             }
-            last = item;
+            last = run.start;
             while let Some((e, projection, slots, items)) = experts.peek() {
-                if item >= first + items {
-                    first += items;
-                    experts.next();
-                    continue;
+                let here = run.start.max(first)..run.end.min(first + items);
+                if !here.is_empty() {
+                    let to = Target {
+                        at: out.base().wrapping_add(slots.start * out.stride()),
+                        stride: out.stride(),
+                    };
+                    // SAFETY: the plan; slots of an expert are its own rows.
+                    let acts = |a: usize| unsafe { self.memory.expert_acts.get(3 * e + a) };
+                    let items = here.start - first..here.end - first;
+                    // SAFETY: as above.
+                    unsafe { projection.items_of(self.isa, items, threads, acts, to, scratch) };
                 }
-                let to = Target {
-                    at: out.base().wrapping_add(slots.start * out.stride()),
-                    stride: out.stride(),
-                };
-                // SAFETY: the plan; slots of an expert are its own rows.
-                let acts = |a: usize| unsafe { self.memory.expert_acts.get(3 * e + a) };
-                // SAFETY: as above.
-                unsafe { projection.item(self.isa, item - first, threads, acts, to, scratch) };
-                return;
+                if run.end < first + items {
+                    return;
+                }
+                first += items;
+                experts.next();
             }
         });
     }

@@ -54,8 +54,10 @@ impl Pass<'_> {
             ..
         } = own;
         let mut rows: Vec<f32> = Vec::new();
-        team.for_each(head.projection.items(n, team.threads()), |item| {
-            let ids = head.projection.span(item, n, team.threads());
+        let (projection, threads) = (&head.projection, team.threads());
+        let (items, most) = (projection.items(n, threads), projection.run(n, threads));
+        team.for_runs(items, most, |run| {
+            let ids = projection.span(run.clone(), n, threads);
             rows.resize(n * ids.len(), 0.0);
             let to = Target {
                 at: rows.as_mut_ptr().wrapping_sub(ids.start),
@@ -63,14 +65,8 @@ impl Pass<'_> {
             };
             // SAFETY: `rows` has a row of the item's columns for every token; the plan.
             unsafe {
-                head.projection.item(
-                    self.isa,
-                    item,
-                    team.threads(),
-                    |a| self.acts(acts, a),
-                    to,
-                    scratch,
-                );
+                let acts = |a| self.acts(acts, a);
+                projection.items_of(self.isa, run, threads, acts, to, scratch);
             };
             for (r, (logits, best)) in rows
                 .chunks_exact_mut(ids.len())

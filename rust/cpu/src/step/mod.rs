@@ -237,10 +237,15 @@ impl Pass<'_> {
     fn project(&self, projection: &Projection, out: usize, team: &Team<'_>, own: &mut Own) {
         let (threads, to) = (team.threads(), target(self.buffer(out)));
         let Own { acts, scratch, .. } = own;
-        team.for_each(projection.items(self.ids.len(), threads), |item| {
+        let tokens = self.ids.len();
+        let (items, most) = (
+            projection.items(tokens, threads),
+            projection.run(tokens, threads),
+        );
+        team.for_runs(items, most, |run| {
             let acts = |a| self.acts(acts, a);
             // SAFETY: the plan.
-            unsafe { projection.item(self.isa, item, threads, acts, to, scratch) };
+            unsafe { projection.items_of(self.isa, run, threads, acts, to, scratch) };
         });
     }
 

@@ -500,7 +500,11 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     }
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_once(self, at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
     }
 }
 

@@ -492,18 +492,21 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     }
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_once(self, at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
     }
 }
 
-/// Two tables of 128; `upper` says which bytes want the second.
+/// Two tables of 128; `upper` says which bytes want the second. Each lookup writes its bytes over their indices, so that nothing is left to merge.
 #[inline(always)]
 fn lookup_256(t: &[__m512i; 16], index: __m512i, upper: __mmask64) -> __m512i {
     // SAFETY: called with VBMI only.
     unsafe {
-        let low = _mm512_permutex2var_epi8(t[0], index, t[1]);
-        let high = _mm512_permutex2var_epi8(t[2], index, t[3]);
-        _mm512_mask_blend_epi8(upper, low, high)
+        let low = _mm512_mask2_permutex2var_epi8(t[0], index, !upper, t[1]);
+        _mm512_mask2_permutex2var_epi8(t[2], low, upper, t[3])
     }
 }
 

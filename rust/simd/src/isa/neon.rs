@@ -469,7 +469,13 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe {
-            asm!("prfm pldl2keep, [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
+            asm!("prfm pldl1keep, [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
+        }
+    }
+    #[inline(always)]
+    fn prefetch_once(self, at: *const u8) {
+        unsafe {
+            asm!("prfm pldl1strm, [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
         }
     }
 }

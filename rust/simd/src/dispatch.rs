@@ -154,13 +154,26 @@ impl fmt::Display for IsaError {
 
 impl std::error::Error for IsaError {}
 
-/// How many bytes ahead a loop that reads memory as one stream should prefetch; 0 where the processor's own prefetchers do better alone.
-///
-/// AMD's follow a stream over pages and are slowed down by requests in between: plain loads read 27 GB/s a core where 6 KiB ahead gave 20 (Zen 4).
-/// Others were measured to gain a fifth from 1 to 1.5 KiB (AMX Xeon, `docs/performance.md`).
-pub fn prefetch_ahead() -> usize {
-    static AHEAD: OnceLock<usize> = OnceLock::new();
-    *AHEAD.get_or_init(|| if is_amd() { 0 } else { 1536 })
+/// How a loop that reads memory as one stream should prefetch on this processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefetch {
+    /// Bytes ahead.
+    pub ahead: usize,
+    /// Into the second cache ([`Simd::prefetch_far`]): so far ahead is too much for the first.
+    pub far: bool,
+}
+
+impl Prefetch {
+    /// Measured where `docs/performance.md` says: 8 KiB into the second cache on AMD (Zen 4), 1.5 KiB into the first elsewhere (an AMX Xeon, which farther
+    /// requests slowed down).
+    pub fn here() -> Self {
+        static HERE: OnceLock<Prefetch> = OnceLock::new();
+        *HERE.get_or_init(|| {
+            let far = is_amd();
+            let ahead = if far { 8192 } else { 1536 };
+            Self { ahead, far }
+        })
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -279,10 +279,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: as the caller says.
         unsafe { multiply(self, weights, acts, groups, dots) }
     }
-    /// Asks for a cache line, into the first cache: hardware prefetchers follow such requests, those into the second they ignore (Zen 4).
+    /// Asks for a cache line, into the first cache.
     fn prefetch(self, at: *const u8);
-    /// The same for a line that is used once: what is used again stays in the first cache.
-    fn prefetch_once(self, at: *const u8);
+    /// The same into the second.
+    fn prefetch_far(self, at: *const u8);
 }
 
 /// [`Simd::product`] by [`Simd::dot`], where activations lie by four.

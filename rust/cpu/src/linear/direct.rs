@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use kbit_simd::{Simd, SimdOp, prefetch_ahead};
+use kbit_simd::{Prefetch, Simd, SimdOp};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
@@ -126,28 +126,55 @@ struct Job<'a> {
     out: Out,
 }
 
-/// Touches what comes before the codes of a panel, so that a thread touches every line of its panels in order and the hardware's prefetcher never
-/// loses the stream: to skip that dozen of lines would cost 400 ns, a quarter of the time of a panel (Zen 4, k = 4, 2048 inputs). Loads, because
-/// requests that find the queue full are dropped.
-///
-/// # Safety
-/// `panel` is one of `layout`.
-#[inline(always)]
-unsafe fn touch(layout: &KLayout, panel: *const u8) {
-    for line in 0..layout.codes_at.div_ceil(64) {
-        // SAFETY: the line is in the panel.
-        unsafe { panel.add(line * 64).read_volatile() };
-    }
+/// The lines to ask for next. A thread reads its panels as one stream, in which the scales before the codes of each panel are a gap: the hardware's
+/// prefetchers lose the stream there (400 ns a panel, Zen 4), so it asks for every line in order, at an even pace, at a fixed distance ahead.
+struct Stream {
+    next: *const u8,
+    far: bool,
+    /// Lines of the codes of a chunk.
+    codes: usize,
+    /// Lines before the codes of a panel, shared out over its chunks.
+    scales: usize,
+    chunks: usize,
+    /// What the chunks so far have saved up for the next of those lines, in parts of `chunks`.
+    credit: usize,
 }
 
-/// Asks for a chunk of `bits` times 128 bytes of codes, or the one `ahead` bytes after it ([`prefetch_ahead`]).
-#[inline(always)]
-fn ask<S: Simd>(s: S, codes: *const u8, bits: usize, ahead: usize) {
-    for line in 0..2 * bits {
-        if ahead > 0 {
-            s.prefetch(codes.wrapping_add(ahead + line * 64));
+impl Stream {
+    /// For codes of `bits` bits, from the first panel on.
+    #[inline(always)]
+    fn new(layout: &KLayout, panel: *const u8, bits: usize) -> Self {
+        let prefetch = Prefetch::here();
+        Self {
+            next: panel.wrapping_add(prefetch.ahead),
+            far: prefetch.far,
+            codes: 2 * bits,
+            scales: layout.codes_at / 64,
+            chunks: layout.chunks,
+            credit: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(&mut self, s: S) {
+        if self.far {
+            s.prefetch_far(self.next);
         } else {
-            s.prefetch_once(codes.wrapping_add(line * 64));
+            s.prefetch(self.next);
+        }
+        self.next = self.next.wrapping_add(64);
+    }
+
+    /// Before a chunk.
+    #[inline(always)]
+    fn chunk<S: Simd>(&mut self, s: S) {
+        for _ in 0..self.codes {
+            self.line(s);
+        }
+        self.credit += self.scales;
+        while self.credit >= self.chunks {
+            self.credit -= self.chunks;
+            self.line(s);
         }
     }
 }
@@ -190,11 +217,11 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
     fn eval<T: Simd>(self, _: T) {
         let Self(s, job, _) = self;
         let (layout, tile) = (job.source.layout, job.tile);
-        let (decode, ahead) = (D::new(s, job.decoder), prefetch_ahead());
+        let decode = D::new(s, job.decoder);
+        let first = job.source.at(job.panels.start);
+        let mut stream = Stream::new(layout, first, D::BITS);
         for panel in job.panels {
             let at = job.source.at(panel);
-            // SAFETY: the panel is in the matrix.
-            unsafe { touch(layout, at) };
             let mut y = [s.splat(0.0); M];
             for sup in 0..layout.supers {
                 // SAFETY: the tile was made for the inputs of the matrix.
@@ -202,10 +229,10 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                 let mut chains = [[s.splat_i32(0); M]; CHAINS];
                 chains[0] = start;
                 for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
+                    stream.chunk(s);
                     // SAFETY: panel and chunk are in the matrix and the tile.
                     unsafe {
                         let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
-                        ask(s, codes, D::BITS, ahead);
                         let acts = tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
                         let mut block = decode.block(s, layout, at, chunk, 0);
                         vectors!(G => {
@@ -261,11 +288,11 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
     fn eval<T: Simd>(self, _: T) {
         let (s, job) = (self.0, &self.1);
         let (layout, tile) = (job.source.layout, job.tile);
-        let (decode, ahead) = (D::new(s, job.decoder), prefetch_ahead());
+        let decode = D::new(s, job.decoder);
+        let first = job.source.at(job.panels.start);
+        let mut stream = Stream::new(layout, first, D::BITS);
         for panel in job.panels.clone() {
             let at = job.source.at(panel);
-            // SAFETY: the panel is in the matrix.
-            unsafe { touch(layout, at) };
             let zero = s.splat_i32(0);
             let mut state = State {
                 y: [s.splat(0.0); M],
@@ -274,12 +301,9 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
             };
             for sup in 0..layout.supers {
                 for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
+                    stream.chunk(s);
                     // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
-                    unsafe {
-                        let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
-                        ask(s, codes, D::BITS, ahead);
-                        self.chunk(&decode, layout, at, chunk, &mut state);
-                    }
+                    unsafe { self.chunk(&decode, layout, at, chunk, &mut state) }
                 }
                 let (scale, dots) = (job.scale, state.dots.as_flattened());
                 s.run(Settle {

@@ -503,8 +503,8 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
     #[inline(always)]
-    fn prefetch_once(self, at: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
+    fn prefetch_far(self, at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
 

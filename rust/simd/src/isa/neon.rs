@@ -473,9 +473,9 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
         }
     }
     #[inline(always)]
-    fn prefetch_once(self, at: *const u8) {
+    fn prefetch_far(self, at: *const u8) {
         unsafe {
-            asm!("prfm pldl1strm, [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
+            asm!("prfm pldl2keep, [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
         }
     }
 }

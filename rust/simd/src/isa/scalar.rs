@@ -326,5 +326,5 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
-    fn prefetch_once(self, _at: *const u8) {}
+    fn prefetch_far(self, _at: *const u8) {}
 }

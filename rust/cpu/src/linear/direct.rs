@@ -146,7 +146,8 @@ impl Stream {
     fn new(layout: &KLayout, panel: *const u8, bits: usize) -> Self {
         let prefetch = Prefetch::here();
         Self {
-            next: panel.wrapping_add(prefetch.ahead),
+            // The codes of a panel come after its scales: they too are asked for so far ahead.
+            next: panel.wrapping_add(layout.codes_at + prefetch.ahead),
             far: prefetch.far,
             codes: 2 * bits,
             scales: layout.codes_at / 64,

@@ -471,7 +471,7 @@ impl Team<'_> {
     /// a range and shorter ones towards its end, where threads finish together only if they take little at a time.
     pub(crate) fn for_runs(&self, items: usize, most: usize, mut f: impl FnMut(Range<usize>)) {
         /// A run takes at most this part of what is left.
-        const PART: usize = 4;
+        const PART: usize = 2;
         let run = |left: usize| (left / PART).clamp(1, most.max(1));
         let Some(pool) = self.pool else {
             let mut next = 0;

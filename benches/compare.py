@@ -230,7 +230,7 @@ def memory(b: Bench) -> Render:
     ours = {bits: b.kbit(f"kbit {bits} bits", path) for bits, path in b.saved.items()}
     reads = {bits: b.kbit(f"reading {bits} bits", path, "read") for bits, path in b.saved.items()}
     bare = {
-        bits: b.kbit(f"kbit {bits} bits from ids", without_tokenizer(path), "start")
+        bits: b.kbit(f"kbit {bits} bits from ids", without_tokenizer(path))
         for bits, path in b.saved.items()
     }
     kinds = ("Q4_0", "Q4_K_M")
@@ -253,7 +253,8 @@ def memory(b: Bench) -> Render:
             read, ids = reads[bits], bare[bits]
             seconds = [ids["load"], read["read"], ids["load"] / read["read"], row["load"]]
             seconds += [ids["first_token"], row["first_token"]]
-            sizes = share(row, "resident", read["file"]) + share(row, "peak", read["file"])
+            sizes = share(ids, "resident", read["file"]) + share(row, "resident", read["file"])
+            sizes += share(row, "peak", read["file"])
             rows.append([row.name, *(n(x, 2) for x in seconds), *sizes])
         for kind, (row, start) in theirs.items():
             size = b.files[kind].stat().st_size
@@ -268,18 +269,21 @@ def memory(b: Bench) -> Render:
                     "",
                     "",
                     "",
+                    "",
+                    "",
                     *share(row, "peak", size),
                 ]
             )
         size = b.files["Q4_K_M"].stat().st_size
-        start = ["", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), "", ""]
+        start = ["", "", "", n(rust["load"], 2), "", n(rust["first_token"], 2), "", "", "", ""]
         rows.append([rust.name, *start, *share(rust, "peak", size)])
         return [
             "## Load and memory", "",
-            f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Memory with it, after a "
+            f"Seconds, from a warm file cache; the tokenizer.json has {b.shape.vocab} entries. Memory after a "
             "prompt of 512.", "",
             *table(["", "load", "reading the file", "ratio", "load with tokenizer", "start to first token from ids",
-                    "with tokenizer", "resident MB", "of file + KV", "peak MB", "of file + KV"], rows),
+                    "with tokenizer", "resident MB from ids", "of file + KV", "with tokenizer", "of file + KV",
+                    "peak MB", "of file + KV"], rows),
         ]  # fmt: skip
 
     return render

@@ -594,7 +594,7 @@ mod tests {
             let longest = longest.load(Relaxed);
             assert_eq!(
                 longest,
-                (items / threads / 4).clamp(1, most),
+                (items / threads / 2).clamp(1, most),
                 "{items} items"
             );
             assert!(single.load(Relaxed) >= threads);

@@ -99,7 +99,10 @@ impl Isa {
     pub fn chosen() -> Result<Self, IsaError> {
         static CHOSEN: OnceLock<Result<Isa, IsaError>> = OnceLock::new();
         CHOSEN
-            .get_or_init(|| Self::parse(&std::env::var("KBIT_ISA").unwrap_or_default()))
+            .get_or_init(|| {
+                let asked = std::env::var_os("KBIT_ISA").unwrap_or_default();
+                Self::parse(&asked.to_string_lossy())
+            })
             .clone()
     }
 

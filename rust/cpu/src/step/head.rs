@@ -63,7 +63,7 @@ impl Pass<'_> {
                 at: rows.as_mut_ptr().wrapping_sub(ids.start),
                 stride: ids.len(),
             };
-            // SAFETY: `rows` has a row of the item's columns for every token; the plan.
+            // SAFETY: `rows` has a row of the run's columns for every token; the plan.
             unsafe {
                 let acts = |a| self.acts(acts, a);
                 projection.items_of(self.isa, run, threads, acts, to, scratch);

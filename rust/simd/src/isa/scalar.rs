@@ -326,5 +326,6 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
+    #[inline(always)]
     fn prefetch_far(self, _at: *const u8) {}
 }

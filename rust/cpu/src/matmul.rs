@@ -64,7 +64,7 @@ pub fn matmul(
         acts.fill_all(x, inputs);
         let (acts, y) = (&acts, &Output(y.as_mut_ptr()));
         pool::run(threads, cancel, &|team| {
-            team.for_runs(matrix.panels(), RUN, |panels| {
+            team.for_runs(matrix.panels(), 1..=RUN, |panels| {
                 // SAFETY: `y` has a place for every token and row, and every panel goes to one thread.
                 unsafe { matrix.run(acts, panels, y.0, rows) };
             });

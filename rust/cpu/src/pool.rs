@@ -9,7 +9,7 @@
 //! the child has none of the threads: it is told by the process id and builds a new pool.
 
 use std::cell::{Cell, UnsafeCell};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
@@ -464,15 +464,20 @@ impl Team<'_> {
     /// Calls `f` for items `0..items`, each on one thread of the team. All threads must come here, with the same number, at
     /// most [`LOOPS`] times between two barriers; nobody waits at the end. Items are skipped once the step is stopped.
     pub(crate) fn for_each(&self, items: usize, mut f: impl FnMut(usize)) {
-        self.for_runs(items, 1, |run| f(run.start));
+        self.for_runs(items, 1..=1, |run| f(run.start));
     }
 
-    /// [`Team::for_each`] for items that are cheaper together: `f` gets runs of neighbouring items, up to `most` of them while there is much left of
-    /// a range and shorter ones towards its end, where threads finish together only if they take little at a time.
-    pub(crate) fn for_runs(&self, items: usize, most: usize, mut f: impl FnMut(Range<usize>)) {
+    /// [`Team::for_each`] for items that are cheaper together: `f` gets runs of neighbouring items, as many as the end of `sizes` says while there is
+    /// much left of a range and fewer towards its end, where threads finish together only if they take little at a time.
+    pub(crate) fn for_runs(
+        &self,
+        items: usize,
+        sizes: RangeInclusive<usize>,
+        mut f: impl FnMut(Range<usize>),
+    ) {
         /// A run takes at most this part of what is left.
         const PART: usize = 2;
-        let run = |left: usize| (left / PART).clamp(1, most.max(1));
+        let run = |left: usize| (left / PART).clamp(*sizes.start(), *sizes.end()).min(left);
         let Some(pool) = self.pool else {
             let mut next = 0;
             while next < items && !self.stopped() {
@@ -569,22 +574,23 @@ mod tests {
         }
     }
 
-    /// Runs cover every item once, are no longer than asked for, and end in single items.
+    /// Runs cover every item once, are as long as asked for, and end in short ones.
     #[test]
     fn runs_cover_every_item_once() {
-        for (threads, items, most) in [
-            (1, 100, 7),
-            (2, 33, 1),
-            (2, 80, 100),
-            (3, 1000, 16),
-            (4, 5, 100),
+        for (threads, items, least, most) in [
+            (1, 100, 1, 7),
+            (2, 33, 1, 1),
+            (2, 80, 1, 100),
+            (3, 1000, 4, 16),
+            (4, 5, 1, 100),
+            (4, 5, 100, 100),
         ] {
             let counts: Vec<_> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-            let (longest, single) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            let (longest, short) = (AtomicUsize::new(0), AtomicUsize::new(0));
             run(threads, &NEVER, &|team| {
-                team.for_runs(items, most, |run| {
+                team.for_runs(items, least..=most, |run| {
                     longest.fetch_max(run.len(), Relaxed);
-                    single.fetch_add(usize::from(run.len() == 1), Relaxed);
+                    short.fetch_add(usize::from(run.len() <= least), Relaxed);
                     counts[run].iter().for_each(|c| _ = c.fetch_add(1, Relaxed));
                 });
                 team.barrier()
@@ -594,10 +600,12 @@ mod tests {
             let longest = longest.load(Relaxed);
             assert_eq!(
                 longest,
-                (items / threads / 2).clamp(1, most),
+                (items.div_ceil(threads) / 2)
+                    .clamp(least, most)
+                    .min(items.div_ceil(threads)),
                 "{items} items"
             );
-            assert!(single.load(Relaxed) >= threads);
+            assert!(short.load(Relaxed) >= threads);
         }
     }
 

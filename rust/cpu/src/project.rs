@@ -1,6 +1,6 @@
 //! Matrices of an operation with their epilogue, cut into work items.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch};
@@ -11,12 +11,15 @@ use crate::activation::{finish, gate, is_gated};
 use crate::acts::Acts;
 use crate::linear::Matrix;
 use crate::norm::{load, store};
+use crate::plan::FEW;
 
-/// Bytes of weights that an item of few tokens reads: a few microseconds, so that threads finish together.
-const ITEM_BYTES: usize = 64 << 10;
-/// The same of a run of items: long, so that memory is read as one stream.
-const RUN_BYTES: usize = 1 << 20;
-/// Items a thread should have at least.
+/// Most bytes of weights that a thread of a pass with few tokens takes at a time: long, so that memory is read as one stream.
+const MOST_BYTES: usize = 1 << 20;
+/// The least, where threads are to finish together: a microsecond or two.
+const LEAST_BYTES: usize = 32 << 10;
+/// Panels that kernels for more tokens than [`FEW`] take side by side.
+const PAIR: usize = 2;
+/// Items a thread should have at least where there are many tokens.
 const ITEMS: usize = 8;
 /// Tokens from which an item is a few panels: kernels take them side by side, and there is enough to do.
 const MANY: usize = 32;
@@ -52,12 +55,14 @@ pub(crate) struct Target {
 impl Projection {
     /// Panels of an item of part `part`.
     fn group(&self, part: usize, tokens: usize, threads: usize) -> usize {
-        let matrix = &self.parts[part].matrix;
-        let panels = matrix.panels();
-        if tokens >= MANY {
-            return (panels / (threads * ITEMS)).clamp(2, SIDE_BY_SIDE) / 2 * 2;
+        match tokens {
+            MANY.. => {
+                let panels = self.parts[part].matrix.panels();
+                (panels / (threads * ITEMS)).clamp(2, SIDE_BY_SIDE) / 2 * 2
+            }
+            ..=FEW => 1,
+            _ => PAIR,
         }
-        (ITEM_BYTES / self.parts[part].panel_bytes).clamp(1, (panels / (threads * ITEMS)).max(1))
     }
 
     /// Parts that give outputs side by side: a gate and its up matrix count as one.
@@ -80,46 +85,46 @@ impl Projection {
         (0..self.columns()).map(items).sum()
     }
 
-    /// Most items that one call should get.
-    pub(crate) fn run(&self, tokens: usize, threads: usize) -> usize {
+    /// How many items a thread should take at a time, least and most.
+    pub(crate) fn runs(&self, tokens: usize, threads: usize) -> RangeInclusive<usize> {
         if tokens >= MANY {
-            return 1;
+            return 1..=1;
         }
         let item = self.parts[0].panel_bytes * self.group(0, tokens, threads);
-        (RUN_BYTES / item).max(1)
+        (LEAST_BYTES / item).max(1)..=(MOST_BYTES / item).max(1)
     }
 
-    /// Which part, panels and output column an item is.
-    fn locate(
+    /// What items are: panels of a part, and the output column at which the part begins.
+    fn pieces(
         &self,
-        mut item: usize,
+        items: Range<usize>,
         tokens: usize,
         threads: usize,
-    ) -> (usize, Range<usize>, usize) {
-        let mut column = 0;
-        for part in 0..self.columns() {
-            let (panels, group) = (
-                self.parts[part].matrix.panels(),
-                self.group(part, tokens, threads),
-            );
-            let items = panels.div_ceil(group);
-            if item < items {
-                return (part, item * group..panels.min((item + 1) * group), column);
-            }
-            item -= items;
-            column += self.parts[part].matrix.rows();
-        }
-        (0, 0..0, 0)
+    ) -> impl Iterator<Item = (usize, Range<usize>, usize)> {
+        let (mut first, mut column) = (0, 0);
+        (0..self.columns()).filter_map(move |part| {
+            let matrix = &self.parts[part].matrix;
+            let (panels, group) = (matrix.panels(), self.group(part, tokens, threads));
+            let (start, at) = (first, column);
+            first += panels.div_ceil(group);
+            column += matrix.rows();
+            let here = items.start.max(start)..items.end.min(first);
+            (!here.is_empty()).then(|| {
+                let panels = (here.start - start) * group..panels.min((here.end - start) * group);
+                (part, panels, at)
+            })
+        })
     }
 
     /// Output columns of a run of items.
     pub(crate) fn span(&self, items: Range<usize>, tokens: usize, threads: usize) -> Range<usize> {
-        let columns = |item| {
-            let (part, panels, column) = self.locate(item, tokens, threads);
-            let rows = self.parts[part].matrix.rows();
-            column + panels.start * ROWS..column + rows.min(panels.end * ROWS)
-        };
-        columns(items.start).start..columns(items.end - 1).end
+        self.pieces(items, tokens, threads)
+            .map(|(part, panels, column)| {
+                let rows = self.parts[part].matrix.rows();
+                column + panels.start * ROWS..column + rows.min(panels.end * ROWS)
+            })
+            .reduce(|a, b| a.start..b.end)
+            .unwrap_or(0..0)
     }
 
     /// Computes a run of items for all tokens of the activations.
@@ -137,19 +142,7 @@ impl Projection {
         scratch: &mut Vec<f32>,
     ) {
         let tokens = acts(self.parts[0].acts).tokens();
-        let mut next = items.start;
-        while next < items.end {
-            let (part, mut panels, column) = self.locate(next, tokens, threads);
-            next += 1;
-            // Neighbours in one matrix are one piece of work.
-            while next < items.end {
-                let (also, more, _) = self.locate(next, tokens, threads);
-                if also != part {
-                    break;
-                }
-                panels.end = more.end;
-                next += 1;
-            }
+        for (part, panels, column) in self.pieces(items, tokens, threads) {
             // SAFETY: as the caller says.
             unsafe { self.panels(isa, part, panels, column, &acts, to, scratch) };
         }

@@ -108,13 +108,16 @@ impl Pass<'_> {
                 (e, projection, slots, items)
             })
         };
-        let items = active().map(|(.., items)| items).sum();
-        let most = active()
-            .map(|(_, projection, slots, _)| projection.run(slots.len(), threads))
-            .max();
+        let (items, sizes) = active()
+            .map(|(_, projection, slots, items)| (items, projection.runs(slots.len(), threads)))
+            .reduce(|(n, a), (m, b)| {
+                let least = (*a.start()).min(*b.start());
+                (n + m, least..=(*a.end()).max(*b.end()))
+            })
+            .unwrap_or((0, 1..=1));
         // Runs mostly come in order; one that comes before the last, of a neighbour's range, is looked for from the start.
         let (mut experts, mut first, mut last) = (active().peekable(), 0, 0);
-        team.for_runs(items, most.unwrap_or(1), |run| {
+        team.for_runs(items, sizes, |run| {
             if run.start < last {
                 (experts, first) = (active().peekable(), 0);
             }

@@ -55,8 +55,8 @@ impl Pass<'_> {
         } = own;
         let mut rows: Vec<f32> = Vec::new();
         let (projection, threads) = (&head.projection, team.threads());
-        let (items, most) = (projection.items(n, threads), projection.run(n, threads));
-        team.for_runs(items, most, |run| {
+        let (items, sizes) = (projection.items(n, threads), projection.runs(n, threads));
+        team.for_runs(items, sizes, |run| {
             let ids = projection.span(run.clone(), n, threads);
             rows.resize(n * ids.len(), 0.0);
             let to = Target {

@@ -238,11 +238,11 @@ impl Pass<'_> {
         let (threads, to) = (team.threads(), target(self.buffer(out)));
         let Own { acts, scratch, .. } = own;
         let tokens = self.ids.len();
-        let (items, most) = (
+        let (items, sizes) = (
             projection.items(tokens, threads),
-            projection.run(tokens, threads),
+            projection.runs(tokens, threads),
         );
-        team.for_runs(items, most, |run| {
+        team.for_runs(items, sizes, |run| {
             let acts = |a| self.acts(acts, a);
             // SAFETY: the plan.
             unsafe { projection.items_of(self.isa, run, threads, acts, to, scratch) };

@@ -1,7 +1,8 @@
 //! The CPU device: one file an operation, one thread pool.
 //!
 //! ```text
-//! Cpu::prepare ── prepare.rs   weights bound to operations (op.rs)
+//! Cpu::prepare ── pages.rs     small weights side by side
+//!              ├─ prepare.rs   weights bound to operations (op.rs)
 //!              └─ plan.rs      order of work, a barrier only where it is needed
 //! CpuRunner::run (runner.rs)   checks, passes of bounded size
 //!   └─ pool.rs                 one fork and join a pass
@@ -32,6 +33,7 @@ pub mod linear;
 mod matmul;
 mod norm;
 mod op;
+mod pages;
 mod plan;
 mod pool;
 mod prepare;
@@ -95,9 +97,10 @@ impl Device for Cpu {
     fn prepare(
         &self,
         program: Arc<Program>,
-        weights: Vec<Weight>,
+        mut weights: Vec<Weight>,
         options: Options,
     ) -> Result<Box<dyn Runner>> {
+        pages::gather(&mut weights)?;
         Ok(Box::new(CpuRunner::new(
             program, &weights, options, self.isa,
         )?))

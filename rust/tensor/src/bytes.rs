@@ -78,6 +78,11 @@ impl Bytes {
         })
     }
 
+    /// Whether these are pages of their own: huge ones, where granted, or those of a file.
+    pub fn is_paged(&self) -> bool {
+        matches!(self.owner, Owner::Mapped(_))
+    }
+
     /// A copy of `data`.
     ///
     /// # Errors

@@ -473,6 +473,28 @@ impl KTensor {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[self.offset..self.offset + self.layout.nbytes()]
     }
+    /// What the panels lie in, maybe among others.
+    pub fn storage(&self) -> &Bytes {
+        &self.bytes
+    }
+    /// The same matrix, whose panels have been copied to `bytes` from `offset` on.
+    ///
+    /// # Errors
+    /// As [`KTensor::new`].
+    pub fn moved(&self, bytes: Arc<Bytes>, offset: usize) -> Result<Self> {
+        let (codebook, scales) = (self.codebook.clone(), self.scales.clone());
+        let (bits, permutation) = (self.bits(), self.permutation.clone());
+        Self::new(
+            bits,
+            self.rows(),
+            self.inputs(),
+            codebook,
+            scales,
+            permutation,
+            bytes,
+            offset,
+        )
+    }
     /// Bytes, all constants counted (codebook and ladder included).
     pub fn nbytes(&self) -> usize {
         let tables = match &self.codebook {

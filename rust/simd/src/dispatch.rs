@@ -167,13 +167,13 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
-    /// Measured where `docs/performance.md` says: 6 KiB into the second cache on AMD (Zen 4), 1.5 KiB into the first elsewhere (an AMX Xeon, which farther
+    /// Measured where `docs/performance.md` says: 8 KiB into the second cache on AMD (Zen 4), 1.5 KiB into the first elsewhere (an AMX Xeon, which farther
     /// requests slowed down).
     pub fn here() -> Self {
         static HERE: OnceLock<Prefetch> = OnceLock::new();
         *HERE.get_or_init(|| {
             let far = is_amd();
-            let ahead = if far { 6144 } else { 1536 };
+            let ahead = if far { 8192 } else { 1536 };
             Self { ahead, far }
         })
     }

@@ -1,9 +1,10 @@
 //! One token, or a few: every weight is read once, decoded in registers and multiplied at once.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use kbit_simd::{Prefetch, Simd, SimdOp};
+use kbit_simd::{Isa, Prefetch, Simd, SimdOp};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
@@ -126,8 +127,8 @@ struct Job<'a> {
     out: Out,
 }
 
-/// The lines to ask for next. A thread reads its panels as one stream, in which the scales before the codes of each panel are a gap: the hardware's
-/// prefetchers lose the stream there (400 ns a panel, Zen 4), so it asks for every line in order, at an even pace, at a fixed distance ahead.
+/// The lines to ask for next. A thread reads its panels as one stream, of which the hardware's prefetchers fetch too little while a panel is decoded and lose the
+/// rest where it jumps (400 ns a time, Zen 4), so it asks for every line in order, at an even pace, at a fixed distance ahead.
 struct Stream {
     next: *const u8,
     far: bool,
@@ -143,14 +144,17 @@ struct Stream {
 impl Stream {
     /// For codes of `bits` bits, from the first panel on.
     #[inline(always)]
-    fn new(layout: &KLayout, panel: *const u8, bits: usize) -> Self {
+    fn new<S: Simd>(layout: &KLayout, panel: *const u8, bits: usize) -> Self {
         let prefetch = Prefetch::here();
+        // A load and a dot product a line are plain reading, which needs no requests: they halve its speed (Zen 4).
+        let plain = bits == 8 && matches!(S::ISA, Isa::Avx512 | Isa::Avx512Vbmi) && prefetch.far;
+        let lines = |n| if plain { 0 } else { n };
         Self {
             // The codes of a panel come after its scales: they too are asked for so far ahead.
             next: panel.wrapping_add(layout.codes_at + prefetch.ahead),
             far: prefetch.far,
-            codes: 2 * bits,
-            scales: layout.codes_at / 64,
+            codes: lines(2 * bits),
+            scales: lines(layout.codes_at / 64),
             chunks: layout.chunks,
             credit: 0,
         }
@@ -177,6 +181,37 @@ impl Stream {
             self.credit -= self.chunks;
             self.line(s);
         }
+    }
+}
+
+/// A copy of a panel's scales, made when the panel begins: its lines are then read in the order of their addresses, which is what the hardware's
+/// prefetchers follow. With scales fetched between the codes they are lost (8 bits: half the speed, Zen 4).
+#[repr(align(64))]
+struct Near(MaybeUninit<[u8; Self::MOST]>);
+
+impl Near {
+    /// Larger ones, of rows of more than 16384 inputs, stay where they are: here they would drive the activations out of L1.
+    const MOST: usize = 16 << 10;
+
+    #[inline(always)]
+    fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    /// Copies the scales of `panel`; where they can be read.
+    ///
+    /// # Safety
+    /// `panel` is one of `layout`.
+    #[inline(always)]
+    unsafe fn scales(&mut self, layout: &KLayout, panel: *const u8) -> *const u8 {
+        let n = layout.codes_at;
+        if n > Self::MOST {
+            return panel;
+        }
+        let to = self.0.as_mut_ptr().cast::<u8>();
+        // SAFETY: the panel has `n` bytes before its codes, and there is room for them.
+        unsafe { std::ptr::copy_nonoverlapping(panel, to, n) };
+        to
     }
 }
 
@@ -220,9 +255,12 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
         let (layout, tile) = (job.source.layout, job.tile);
         let decode = D::new(s, job.decoder);
         let first = job.source.at(job.panels.start);
-        let mut stream = Stream::new(layout, first, D::BITS);
+        let mut stream = Stream::new::<S>(layout, first, D::BITS);
+        let mut near = Near::new();
         for panel in job.panels {
             let at = job.source.at(panel);
+            // SAFETY: a panel of the matrix.
+            let scales = unsafe { near.scales(layout, at) };
             let mut y = [s.splat(0.0); M];
             for sup in 0..layout.supers {
                 // SAFETY: the tile was made for the inputs of the matrix.
@@ -235,10 +273,10 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                     unsafe {
                         let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
                         let acts = tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
-                        let mut block = decode.block(s, layout, at, chunk, 0);
+                        let mut block = decode.block(s, layout, scales, chunk, 0);
                         vectors!(G => {
                             if G != 0 && (G * 4).is_multiple_of(D::BLOCK) {
-                                block = decode.block(s, layout, at, chunk, G / QUARTER);
+                                block = decode.block(s, layout, scales, chunk, G / QUARTER);
                             }
                             let w = decode.vector::<{ G }>(s, &block, codes);
                             let chain = &mut chains[G % CHAINS];
@@ -255,7 +293,7 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                     }
                 }
                 // SAFETY: as above.
-                unsafe { settle_wide(s, layout, at, tile, sup, &chains[0], &mut y) }
+                unsafe { settle_wide(s, layout, scales, tile, sup, &chains[0], &mut y) }
             }
             for n in 0..tile.tokens.min(M) {
                 // SAFETY: `Matrix::run` has this part of the output to itself.
@@ -291,9 +329,12 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
         let (layout, tile) = (job.source.layout, job.tile);
         let decode = D::new(s, job.decoder);
         let first = job.source.at(job.panels.start);
-        let mut stream = Stream::new(layout, first, D::BITS);
+        let mut stream = Stream::new::<S>(layout, first, D::BITS);
+        let mut near = Near::new();
         for panel in job.panels.clone() {
             let at = job.source.at(panel);
+            // SAFETY: a panel of the matrix.
+            let scales = unsafe { near.scales(layout, at) };
             let zero = s.splat_i32(0);
             let mut state = State {
                 y: [s.splat(0.0); M],
@@ -304,14 +345,14 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
                 for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
                     stream.chunk(s);
                     // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
-                    unsafe { self.chunk(&decode, layout, at, chunk, &mut state) }
+                    unsafe { self.chunk(&decode, layout, (at, scales), chunk, &mut state) }
                 }
                 let (scale, dots) = (job.scale, state.dots.as_flattened());
                 s.run(Settle {
                     s,
                     scale,
                     layout,
-                    panel: at,
+                    panel: scales,
                     tile,
                     sup,
                     dots,
@@ -340,13 +381,13 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D,
     /// One chunk of 64 inputs, unrolled: shifts are immediates.
     ///
     /// # Safety
-    /// `at` is a panel of `layout` and `chunk` one of its chunks.
+    /// `at` is a panel of `layout`, `scales` what stands before its codes, and `chunk` one of its chunks.
     #[inline(always)]
     unsafe fn chunk(
         &self,
         decode: &D,
         layout: &KLayout,
-        at: *const u8,
+        (at, scales): (*const u8, *const u8),
         chunk: usize,
         state: &mut State<S, M>,
     ) {
@@ -355,10 +396,10 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D,
         unsafe {
             let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
             let acts = self.1.tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
-            let mut block = decode.block(s, layout, at, chunk, 0);
+            let mut block = decode.block(s, layout, scales, chunk, 0);
             vectors!(G => {
                 if G != 0 && (G * 4).is_multiple_of(D::BLOCK) {
-                    block = decode.block(s, layout, at, chunk, G / QUARTER);
+                    block = decode.block(s, layout, scales, chunk, G / QUARTER);
                 }
                 if (G * 4).is_multiple_of(BLOCK) {
                     self.begin(state, chunk, G / QUARTER);

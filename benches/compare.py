@@ -1,12 +1,14 @@
 """kbit beside llama.cpp and mistral.rs on the same machine, in one run.
 
-    python benches/compare.py                                           all of the 1B shape, some 20 minutes
-    python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 4 minutes
+    python benches/compare.py                                           all of the 1B shape, some 30 minutes
+    python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 6 minutes
 
 writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory
 and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp. Engines run one
-after the other in every round, so that a slow minute of the machine hits all of them, and the best round counts for
-each figure. A peer that cannot be had ends the run. A measurement that fails or takes too long is not repeated: its
+after the other in every round, and the best round counts for each figure. Decode, which memory bounds, has three
+passes a round, and what runs on the same type of file runs side by side: a shared machine reads memory two or three
+times as fast in one minute as in the next. kbit's share of the bandwidth is that of the middle pass, decode over plain
+reading between two decodes of one process. A peer that cannot be had ends the run. A measurement that fails or takes too long is not repeated: its
 reason stands below the tables, which say "failed" where no round gave a figure, and the exit code is 1. Use an idle
 machine: engines whose threads wait for each other take minutes on a busy one. 20 GB of disk, 8 GB of memory.
 """
@@ -18,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -35,35 +38,50 @@ NEAREST = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_0", 5: "Q5_K_M", 6: "Q6_K", 7: "Q8_0",
 SAME_FILE = ("Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
+DECODES = 2
+"""Further passes of every round, that measure decode only."""
+SMALL = {"load", "first_token", "peak", "resident", "read"}
+"""Figures of which the least counts; of `beside` it is the median, of others the largest."""
 
 Measures = dict[str, float]
 
 
 @dataclass
 class Row:
-    """One engine on one file: the best of every figure over the rounds."""
+    """One engine on one file: every figure in every pass."""
 
     name: str
-    measure: Callable[[], Measures]
+    near: str
+    """Type of the file, next to whose others it runs."""
+    measure: Callable[[bool], Measures]
+    """Told whether only decode is wanted."""
     rounds: int
-    best: Measures = field(default_factory=dict)
+    decodes: int
+    found: dict[str, list[float]] = field(default_factory=dict)
     failed: str = ""
 
-    def again(self) -> None:
-        """Another round; rates keep their largest value, times and sizes their smallest."""
+    def again(self, decode_only: bool) -> None:
+        """Another pass."""
         try:
-            measured = self.measure()
+            measured = self.measure(decode_only)
         except peers.Failed as error:
             self.failed = str(error)
             return
         for key, value in measured.items():
-            small = key in {"load", "first_token", "peak", "resident", "read"}
-            old = self.best.get(key)
-            self.best[key] = value if old is None else (min if small else max)(old, value)
+            # What a pass for decode only says of memory or the start is not that of a whole one.
+            if not decode_only or key in {"decode", "beside"}:
+                self.found.setdefault(key, []).append(value)
 
     def __getitem__(self, key: str) -> float:
         """A figure; not a number where there is none."""
-        return self.best.get(key, float("nan"))
+        values = self.found.get(key, [float("nan")])
+        if key == "beside":
+            return statistics.median(values)
+        return min(values) if key in SMALL else max(values)
+
+    def share(self, nbytes: float) -> float:
+        """Of the bandwidth, where a token reads so many bytes."""
+        return self["beside"] * nbytes
 
 
 @dataclass
@@ -78,27 +96,49 @@ class Bench:
     rounds: int
     timeout: float
     rows: dict[str, Row] = field(default_factory=dict)
-    bandwidth: float = 0.0
-    """GB/s, and TOPS: what the machine can do."""
+    reads: list[float] = field(default_factory=list)
+    """GB/s before every pass."""
     peak: float = 0.0
+    """TOPS: what the machine can do."""
 
-    def row(self, name: str, measure: Callable[[], Measures], rounds: int = 99) -> Row:
+    @property
+    def bandwidth(self) -> float:
+        """GB/s at best."""
+        return max(self.reads)
+
+    def row(
+        self,
+        name: str,
+        near: str,
+        measure: Callable[[bool], Measures],
+        rounds: int = 99,
+        decodes: int = 0,
+    ) -> Row:
         """The row of that name."""
-        return self.rows.setdefault(name, Row(name, measure, min(rounds, self.rounds)))
+        row = Row(name, near, measure, min(rounds, self.rounds), decodes)
+        return self.rows.setdefault(name, row)
 
     def kbit(
-        self, name: str, model: Path, what: str = "speed", isa: str = "", rounds: int = 99
+        self,
+        name: str,
+        near: str,
+        model: Path,
+        what: str = "speed",
+        isa: str = "",
+        rounds: int = 99,
+        decodes: int = DECODES,
     ) -> Row:
         """kbit in a process of its own; see `ours.py`."""
 
-        def measure() -> Measures:
+        def measure(decode_only: bool) -> Measures:
             script = Path(__file__).with_name("ours.py")
-            ran = peers.run(sys.executable, script, model, str(self.threads), what, str(time.time()),
+            asked = "decode" if decode_only else what
+            ran = peers.run(sys.executable, script, model, str(self.threads), asked, str(time.time()),
                             timeout=self.timeout, env={"KBIT_ISA": isa})  # fmt: skip
             found = json.loads(ran.output.splitlines()[-1])
             return {key: value for key, value in found.items() if not isinstance(value, str)}
 
-        return self.row(name, measure, rounds)
+        return self.row(name, near, measure, rounds, decodes if what == "speed" else 0)
 
     def llama(self, kind: str, variant: str = "native") -> Row:
         """llama.cpp on the file of type `kind`; variant: native, avx2, no_amx."""
@@ -109,9 +149,14 @@ class Bench:
             f"llama.cpp {kind}"
             + {"native": "", "avx2": ", AVX2 build", "no_amx": ", built without AMX"}[variant]
         )
-        return self.row(
-            name, lambda: peers.llama_bench(binaries, self.files[kind], self.threads, self.timeout)
-        )
+
+        def measure(decode_only: bool) -> Measures:
+            prompt = 0 if decode_only else 512
+            return peers.llama_bench(
+                binaries, self.files[kind], self.threads, self.timeout, prompt=prompt
+            )
+
+        return self.row(name, kind, measure, decodes=DECODES)
 
     def llama_start(self, kind: str) -> Measures:
         """A process of llama.cpp that only loads and reads 8 ids."""
@@ -130,32 +175,44 @@ class Bench:
             self.peer.native, self.files["Q4_0"], self.threads, BATCHES, self.timeout
         )
 
-    def mistral(self, what: str) -> Measures:
+    def mistral(self) -> Row:
         """mistral.rs on Q4_K_M."""
-        return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, what, self.timeout)
+
+        def measure(decode_only: bool) -> Measures:
+            what = "decode" if decode_only else "speed"
+            return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, what, self.timeout)
+
+        return self.row("mistral.rs Q4_K_M", "Q4_K_M", measure, decodes=DECODES)
+
+    def mistral_deep(self) -> Measures:
+        """The same behind many tokens."""
+        return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, "depth", self.timeout)
 
     def measure(self) -> None:
-        """Every row once a round; the limits of the machine before each round and after the last."""
+        """Every row once a round, decode more often; the limits of the machine before each pass and after the last."""
         most = max(row.rounds for row in self.rows.values())
+        kinds = list(dict.fromkeys(row.near for row in self.rows.values()))
+        rows = sorted(self.rows.values(), key=lambda row: kinds.index(row.near))
         for turn in range(most):
-            self.limits()
-            for row in self.rows.values():
-                if turn >= row.rounds or row.failed:
-                    continue
-                start = time.monotonic()
-                row.again()
-                note = (
-                    f"failed: {row.failed}" if row.failed else f"{time.monotonic() - start:.1f} s"
-                )
-                print(f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True)
+            for again in range(1 + DECODES):
+                self.limits()
+                for row in rows:
+                    if turn >= row.rounds or again > row.decodes or row.failed:
+                        continue
+                    start = time.monotonic()
+                    row.again(decode_only=again > 0)
+                    took = f"{time.monotonic() - start:.1f} s"
+                    note = f"failed: {row.failed}" if row.failed else took
+                    what = row.name + (", decode" if again else "")
+                    print(f"round {turn + 1}/{most}: {what}: {note}", file=sys.stderr, flush=True)
         self.limits()
 
     def limits(self) -> None:
-        """Measures the machine; the best so far counts."""
+        """Measures the machine."""
         ran = peers.run(sys.executable, "-m", "kbit", "bench", "--repeat", "1", "--limits",
                         "--threads", str(self.threads), "--json", timeout=self.timeout)  # fmt: skip
         found = json.loads(ran.output)["limits"]
-        self.bandwidth = max(self.bandwidth, found["read_bytes_per_second"] / 1e9)
+        self.reads.append(found["read_bytes_per_second"] / 1e9)
         self.peak = max(self.peak, found["int8_operations_per_second"] / 1e12)
 
 
@@ -194,10 +251,12 @@ Render = Callable[[], list[str]]
 
 def widths(b: Bench) -> Render:
     """Every width against the type of nearest size, and k = 4 against the rest."""
-    ours = {bits: b.kbit(f"kbit {bits} bits", path) for bits, path in b.saved.items()}
+    ours = {
+        bits: b.kbit(f"kbit {bits} bits", NEAREST[bits], path) for bits, path in b.saved.items()
+    }
     kinds = sorted({NEAREST[bits] for bits in b.saved} | {"Q4_0", "Q4_K_M"})
     theirs = {kind: b.llama(kind) for kind in kinds}
-    rust = b.row("mistral.rs Q4_K_M", lambda: b.mistral("speed"))
+    rust = b.mistral()
 
     def render() -> list[str]:
         base = ours.get(4, next(iter(ours.values())))
@@ -209,11 +268,12 @@ def widths(b: Bench) -> Render:
             rows.append(
                 [str(bits), n(row["bits"], 2), n(row["nbytes"] / 1e6), *rates(row),
                  percent(row["prefill"] * b.shape.operations() / 1e12 / b.peak),
+                 percent(row.share(row["nbytes"])),
                  percent(row["decode"] * row["nbytes"] / 1e9 / b.bandwidth), n(a_byte, 2),
                  kind, n(b.files[kind].stat().st_size / 1e6), *rates(theirs[kind]), *ratios(row, theirs[kind])]
             )  # fmt: skip
         out += table(
-            ["k", "bits/weight", "MB", "prefill", "decode", "of int8 peak", "of bandwidth", "time a byte (k = 4: 1)",
+            ["k", "bits/weight", "MB", "prefill", "decode", "of int8 peak", "of bandwidth", "of its best", "time a byte (k = 4: 1)",
              "llama.cpp type", "MB", "prefill", "decode", "prefill ratio", "decode ratio"], rows
         )  # fmt: skip
         if 4 in ours:
@@ -227,21 +287,25 @@ def widths(b: Bench) -> Render:
 
 def memory(b: Bench) -> Render:
     """Loading, the first token, and memory."""
-    ours = {bits: b.kbit(f"kbit {bits} bits", path) for bits, path in b.saved.items()}
-    reads = {bits: b.kbit(f"reading {bits} bits", path, "read") for bits, path in b.saved.items()}
+    near = NEAREST
+    ours = {bits: b.kbit(f"kbit {bits} bits", near[bits], path) for bits, path in b.saved.items()}
+    reads = {
+        bits: b.kbit(f"reading {bits} bits", near[bits], path, "read")
+        for bits, path in b.saved.items()
+    }
     bare = {
-        bits: b.kbit(f"kbit {bits} bits from ids", without_tokenizer(path))
+        bits: b.kbit(f"kbit {bits} bits from ids", near[bits], without_tokenizer(path), decodes=0)
         for bits, path in b.saved.items()
     }
     kinds = ("Q4_0", "Q4_K_M")
     theirs = {
         kind: (
             b.llama(kind),
-            b.row(f"llama.cpp {kind}, start", lambda kind=kind: b.llama_start(kind)),
+            b.row(f"llama.cpp {kind}, start", kind, lambda _, kind=kind: b.llama_start(kind)),
         )
         for kind in kinds
     }
-    rust = b.row("mistral.rs Q4_K_M", lambda: b.mistral("speed"))
+    rust = b.mistral()
     kv = b.shape.kv_bytes() * 513
 
     def share(row: Row, key: str, size: float) -> list[str]:
@@ -291,14 +355,14 @@ def memory(b: Bench) -> Render:
 
 def files(b: Bench) -> Render:
     """kbit and llama.cpp on the same GGUF files."""
-    pairs = [(kind, b.kbit(f"kbit on {kind}", b.files[kind]), b.llama(kind)) for kind in SAME_FILE]
+    pairs = [(kind, b.kbit(f"kbit on {kind}", kind, b.files[kind]), b.llama(kind)) for kind in SAME_FILE]
 
     def render() -> list[str]:
         rows = [
             [
                 kind,
                 *rates(x),
-                percent(x["decode"] * x["nbytes"] / 1e9 / b.bandwidth),
+                percent(x.share(x["nbytes"])),
                 *rates(y),
                 *ratios(x, y),
             ]
@@ -318,7 +382,7 @@ def isas(b: Bench) -> Render:
     rows = [
         (
             isa,
-            b.kbit(f"kbit 4 bits, {isa}", b.saved[4], isa=isa) if isa in found else None,
+            b.kbit(f"kbit 4 bits, {isa}", "Q4_0", b.saved[4], isa=isa) if isa in found else None,
             b.llama("Q4_0", variant),
         )
         for isa, variant in (("amx", "native"), ("avx512vbmi", "no_amx"), ("avx2", "avx2"))
@@ -348,18 +412,22 @@ def isas(b: Bench) -> Render:
 
 def depth(b: Bench) -> Render:
     """Prefill of 512 and decode of 128 behind 4096 tokens."""
-    ours = b.kbit("kbit 4 bits at depth", b.saved[4], "depth", rounds=DEEP_ROUNDS)
+    near = "at depth"
+    ours = b.kbit("kbit 4 bits at depth", near, b.saved[4], "depth", rounds=DEEP_ROUNDS)
     theirs = [
-        b.row("llama.cpp Q4_0 at depth, flash attention", lambda: b.llama_deep("on"), DEEP_ROUNDS),
-        b.row(
-            "llama.cpp Q4_0 at depth, no flash attention", lambda: b.llama_deep("off"), DEEP_ROUNDS
-        ),
-        b.row("mistral.rs Q4_K_M at depth", lambda: b.mistral("depth"), DEEP_ROUNDS),
+        b.row(f"llama.cpp Q4_0 at depth, {how}", near, measure, DEEP_ROUNDS)
+        for how, measure in (
+            ("flash attention", lambda _: b.llama_deep("on")),
+            ("no flash attention", lambda _: b.llama_deep("off")),
+        )
     ]
+    theirs.append(
+        b.row("mistral.rs Q4_K_M at depth", near, lambda _: b.mistral_deep(), DEEP_ROUNDS)
+    )
 
     def render() -> list[str]:
         read = ours["nbytes"] + b.shape.kv_bytes() * (DEPTH + 64)
-        share = percent(ours["decode"] * read / 1e9 / b.bandwidth)
+        share = percent(ours.share(read))
         head = ["", "prefill 512", "decode 128", "kbit's prefill ratio", "decode ratio"]
         rows = [[row.name, *rates(row), *ratios(ours, row)] for row in (ours, *theirs)]
         note = f"kbit's decode reads weights, keys and values at {share} of the bandwidth."
@@ -371,9 +439,9 @@ def depth(b: Bench) -> Render:
 def batch(b: Bench) -> Render:
     """Several sequences together."""
     rows = [
-        b.kbit("kbit 4 bits, batches", b.saved[4], "batch"),
-        b.kbit("kbit 4 bits, batches, avx2", b.saved[4], "batch", "avx2"),
-        b.row("llama.cpp Q4_0, batches", b.llama_batches),
+        b.kbit("kbit 4 bits, batches", "batches", b.saved[4], "batch"),
+        b.kbit("kbit 4 bits, batches, avx2", "batches", b.saved[4], "batch", "avx2"),
+        b.row("llama.cpp Q4_0, batches", "batches", lambda _: b.llama_batches()),
     ]
 
     def render() -> list[str]:
@@ -520,9 +588,12 @@ def main() -> None:
     ]
     report += [
         f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds "
-        f"({min(args.rounds, DEEP_ROUNDS)} at depth), {(time.monotonic() - start) / 60:.0f} minutes.",
-        f"Limits, the best of those before each round and at the end: memory is read at {b.bandwidth:.1f} GB/s, "
-        f"int8 peaks at {b.peak:.2f} TOPS.",
+        f"({min(args.rounds, DEEP_ROUNDS)} at depth) with {1 + DECODES} passes of decode each, "
+        f"{(time.monotonic() - start) / 60:.0f} minutes.",
+        f"Limits, before each pass and at the end: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} GB/s "
+        f"(middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth are those "
+        "of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes of one "
+        "process; shares of its best are the best decode over the best read of the whole run.",
         "",
     ]
     for render in renders:

@@ -3,8 +3,9 @@
     python benches/ours.py MODEL THREADS WHAT STARTED
 
 `WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (load and one
-token), speed, depth or batch; `STARTED` is the clock when the process was asked for. Prints one line of JSON: seconds,
-tokens/s, bytes.
+token), speed, decode (the half of it), depth or batch; `STARTED` is the clock when the process was asked for. Prints
+one line of JSON: seconds, tokens/s, bytes, and `beside`: tokens for every byte that the machine could have read in
+plain loops between two decodes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def read(path: Path) -> dict[str, float]:
 def measure(path: Path, threads: int, what: str, started: float) -> dict[str, float | str]:
     """Loads `path` and measures it."""
     import kbit
+    from kbit import _core
 
     start = time.perf_counter()
     model = kbit.load(path, threads=threads, context=8192)
@@ -63,12 +65,14 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
 
     run([8], 1)
     out["first_token"] = time.time() - started
-    if what == "speed":
+    rates = []
+    if what in ("speed", "decode"):
         run([64], 8)
-        out["prefill"] = 512 / run([512], 1)[0].prompt_seconds
-        out["decode"] = 128 / run([8], 129)[0].decode_seconds
+        if what == "speed":
+            out["prefill"] = 512 / run([512], 1)[0].prompt_seconds
+        rates.append(128 / run([8], 129)[0].decode_seconds)
     elif what == "depth":
-        out["decode"] = 128 / run([DEPTH], 129)[0].decode_seconds
+        rates.append(128 / run([DEPTH], 129)[0].decode_seconds)
         out["prefill"] = prefill_at_depth()
     elif what == "batch":
         for n in BATCHES:
@@ -77,6 +81,11 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
     out["isa"] = kbit.isa()
     out["resident"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if rates:
+        # After memory was looked at: what is read here is 1 GiB of its own.
+        bandwidth = _core.limits(threads=threads)["read_bytes_per_second"]
+        rates.append(128 / run([DEPTH if what == "depth" else 8], 129)[0].decode_seconds)
+        out |= {"decode": max(rates), "beside": sum(rates) / 2 / bandwidth}
     return out
 
 

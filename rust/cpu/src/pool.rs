@@ -25,6 +25,10 @@ pub const MAX_THREADS: usize = 256;
 pub(crate) const LOOPS: usize = 4;
 /// A thread helps at most so many neighbours, so that the end of a loop stays cheap on large machines.
 const REACH: usize = 16;
+/// What the ends of shares of streams are parts of.
+const WHOLE: u32 = 1 << 16;
+/// Items a thread of streams in a job that tell how fast threads are.
+const ENOUGH: usize = 64;
 /// How long a waiting thread spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
 
@@ -143,6 +147,11 @@ struct Pool {
     leave: AtomicBool,
     panic: Mutex<Option<String>>,
     cursors: Vec<Padded<Cursors>>,
+    /// Where the shares of streams end, in parts of `WHOLE`; and for how many threads.
+    ends: Vec<AtomicU32>,
+    ends_for: AtomicUsize,
+    /// Items of streams that each thread did in this job.
+    streamed: Vec<Padded<AtomicUsize>>,
 }
 
 #[derive(Default)]
@@ -198,6 +207,9 @@ impl Pool {
             leave: AtomicBool::new(false),
             panic: Mutex::new(None),
             cursors: (0..MAX_THREADS).map(|_| Padded::default()).collect(),
+            ends: (0..MAX_THREADS).map(|_| AtomicU32::new(0)).collect(),
+            ends_for: AtomicUsize::new(0),
+            streamed: (0..MAX_THREADS).map(|_| Padded::default()).collect(),
         }
     }
 
@@ -213,6 +225,7 @@ impl Pool {
                 std::mem::transmute::<&AtomicBool, &'static AtomicBool>(cancel),
             ));
         }
+        self.share_streams(threads);
         for cursors in &self.cursors[..threads] {
             cursors.0.iter().flatten().for_each(|c| c.store(0, Relaxed));
         }
@@ -236,6 +249,34 @@ impl Pool {
             Err(Error::Cancelled)
         } else {
             Ok(())
+        }
+    }
+
+    /// Sets the shares of streams: equal ones at first, then half way from those of the last job to what each thread did in it. All were busy
+    /// to the end, as whoever was done took from the others, so that is how fast each is, which depends on where its core is and who else uses it.
+    fn share_streams(&self, threads: usize) {
+        let done = self.streamed[..threads].iter();
+        let done: Vec<usize> = done.map(|n| n.0.swap(0, Relaxed)).collect();
+        let all: usize = done.iter().sum();
+        let same = self.ends_for.swap(threads, Relaxed) == threads;
+        if same && all < ENOUGH * threads {
+            return;
+        }
+        let (mut last, mut end) = (0, 0.0);
+        let mut shares: Vec<f64> = Vec::with_capacity(threads);
+        for (i, n) in done.into_iter().enumerate() {
+            let was = self.ends[i].load(Relaxed);
+            let old = f64::from(was.wrapping_sub(last)) / f64::from(WHOLE);
+            last = was;
+            let equal = 1.0 / threads as f64;
+            // A thread that got nothing done still begins somewhere.
+            let new = old.midpoint(n as f64 / all.max(1) as f64);
+            shares.push(if same { new.max(equal / 8.0) } else { equal });
+        }
+        let sum: f64 = shares.iter().sum();
+        for (share, to) in shares.iter().zip(&self.ends) {
+            end += share / sum;
+            to.store((end * f64::from(WHOLE)).round() as u32, Relaxed);
         }
     }
 
@@ -343,6 +384,11 @@ struct Event {
 impl Event {
     /// Waits until `ready`; whoever makes it true calls [`Event::notify`] afterwards.
     fn wait(&self, threads: usize, ready: impl Fn() -> bool) {
+        self.wait_while(threads, ready, || {});
+    }
+
+    /// The same; while it spins it calls `idle`.
+    fn wait_while(&self, threads: usize, ready: impl Fn() -> bool, mut idle: impl FnMut()) {
         if ready() {
             return;
         }
@@ -351,6 +397,7 @@ impl Event {
             let start = Instant::now();
             loop {
                 for _ in 0..16 {
+                    idle();
                     std::hint::spin_loop();
                     if ready() {
                         return;
@@ -427,6 +474,11 @@ impl Team<'_> {
     /// # Errors
     /// [`Stop`] on every thread alike, when the step was cancelled or a thread panicked.
     pub(crate) fn barrier(&self) -> std::result::Result<(), Stop> {
+        self.barrier_while(|| {})
+    }
+
+    /// [`Team::barrier`] that calls `idle` again and again while it spins.
+    pub(crate) fn barrier_while(&self, idle: impl FnMut()) -> std::result::Result<(), Stop> {
         let Some(pool) = self.pool else {
             return if self.stop.load(Relaxed) || self.cancel.load(Relaxed) {
                 Err(Stop)
@@ -452,7 +504,7 @@ impl Team<'_> {
         } else {
             let passed =
                 || pool.generation.0.load(Acquire) != generation || pool.leave.load(Acquire);
-            pool.barrier.wait(self.threads, passed);
+            pool.barrier.wait_while(self.threads, passed, idle);
         }
         if pool.leave.load(Acquire) {
             Err(Stop)
@@ -464,14 +516,47 @@ impl Team<'_> {
     /// Calls `f` for items `0..items`, each on one thread of the team. All threads must come here, with the same number, at
     /// most [`LOOPS`] times between two barriers; nobody waits at the end. Items are skipped once the step is stopped.
     pub(crate) fn for_each(&self, items: usize, mut f: impl FnMut(usize)) {
-        self.for_runs(items, 1..=1, |run| f(run.start));
+        let equal = |i| items * i / self.threads..items * (i + 1) / self.threads;
+        self.share_out(equal, 1..=1, |run| f(run.start));
     }
 
-    /// [`Team::for_each`] for items that are cheaper together: `f` gets runs of neighbouring items, as many as the end of `sizes` says while there is
-    /// much left of a range and fewer towards its end, where threads finish together only if they take little at a time.
+    /// [`Team::for_each`] for items of a stream from memory, which are cheaper together: `f` gets runs of neighbouring items, as many as the end of
+    /// `sizes` says while there is much left of a range and fewer towards its end, where threads finish together only if they take little at a time.
+    /// Ranges are as long as threads were fast.
     pub(crate) fn for_runs(
         &self,
         items: usize,
+        sizes: RangeInclusive<usize>,
+        mut f: impl FnMut(Range<usize>),
+    ) {
+        let mut done = 0;
+        self.share_out(
+            |i| self.stream_share(i, items),
+            sizes,
+            |run| {
+                done += run.len();
+                f(run);
+            },
+        );
+        if let Some(pool) = self.pool {
+            pool.streamed[self.index].0.fetch_add(done, Relaxed);
+        }
+    }
+
+    /// The items of a stream with which a thread begins.
+    pub(crate) fn stream_share(&self, index: usize, items: usize) -> Range<usize> {
+        let Some(pool) = self.pool else {
+            return 0..items;
+        };
+        let at = |end: u32| (items as u64 * u64::from(end) / u64::from(WHOLE)) as usize;
+        let ends = |i: usize| pool.ends[i].load(Relaxed);
+        index.checked_sub(1).map_or(0, |before| at(ends(before)))..at(ends(index))
+    }
+
+    /// Every range that `share` gives for a thread, in runs.
+    fn share_out(
+        &self,
+        share: impl Fn(usize) -> Range<usize>,
         sizes: RangeInclusive<usize>,
         mut f: impl FnMut(Range<usize>),
     ) {
@@ -479,11 +564,11 @@ impl Team<'_> {
         const PART: usize = 2;
         let run = |left: usize| (left / PART).clamp(*sizes.start(), *sizes.end()).min(left);
         let Some(pool) = self.pool else {
-            let mut next = 0;
-            while next < items && !self.stopped() {
-                let end = next + run(items - next);
-                f(next..end);
-                next = end;
+            let Range { mut start, end } = share(0);
+            while start < end && !self.stopped() {
+                let next = start + run(end - start);
+                f(start..next);
+                start = next;
             }
             return;
         };
@@ -491,7 +576,7 @@ impl Team<'_> {
         self.loops.set(slot + 1);
         for step in 0..self.threads.min(REACH) {
             let owner = (self.index + step) % self.threads;
-            let share = self.share_of(owner, items);
+            let share = share(owner);
             let cursor = &pool.cursors[owner].0[self.phase.get()][slot];
             // Looking first keeps the lines of finished neighbours shared.
             let mut seen = cursor.load(Relaxed);
@@ -508,10 +593,6 @@ impl Team<'_> {
                 seen = cursor.load(Relaxed);
             }
         }
-    }
-
-    fn share_of(&self, index: usize, items: usize) -> Range<usize> {
-        items * index / self.threads..items * (index + 1) / self.threads
     }
 
     /// Whether the step is to end. Whoever skips work because of it has told the others.
@@ -598,15 +679,39 @@ mod tests {
             .expect("no panic");
             assert!(counts.iter().all(|c| c.load(Relaxed) == 1));
             let longest = longest.load(Relaxed);
-            assert_eq!(
-                longest,
-                (items.div_ceil(threads) / 2)
-                    .clamp(least, most)
-                    .min(items.div_ceil(threads)),
-                "{items} items"
-            );
+            assert!(longest <= most.max(least), "{items} items: {longest}");
             assert!(short.load(Relaxed) >= threads);
         }
+    }
+
+    /// A thread that is slow begins with less, and with more when it is fast again; items are all done once throughout.
+    #[test]
+    fn shares_follow_speed() {
+        const ITEMS: usize = 1000;
+        // A pool of its own: others do not change what is learned here.
+        let pool: &'static Pool = Box::leak(Box::new(Pool::new(std::process::id())));
+        let job = |slow: usize| {
+            let (count, own) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            pool.run(3, &NEVER, &|team| {
+                if team.index() == 0 {
+                    own.store(team.stream_share(0, ITEMS).len(), Relaxed);
+                }
+                team.for_runs(ITEMS, 1..=4, |run| {
+                    let turns = if team.index() == slow { 16 } else { 1 };
+                    std::thread::sleep(Duration::from_micros(20 * turns * run.len() as u64));
+                    count.fetch_add(run.len(), Relaxed);
+                });
+                team.barrier()
+            })
+            .expect("no panic");
+            assert_eq!(count.load(Relaxed), ITEMS);
+            own.load(Relaxed)
+        };
+        assert_eq!(job(0), ITEMS / 3);
+        let slow = (0..8).map(|_| job(0)).min().expect("eight");
+        assert!(slow < ITEMS / 5, "{slow} items for the slow thread");
+        let fast = (0..8).map(|_| job(1)).max().expect("eight");
+        assert!(fast > ITEMS * 2 / 5, "{fast} items for the fast thread");
     }
 
     #[test]

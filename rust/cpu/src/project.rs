@@ -116,6 +116,15 @@ impl Projection {
         })
     }
 
+    /// What a thread that begins with an item reads first.
+    pub(crate) fn stream(&self, item: usize, tokens: usize, threads: usize) -> &[u8] {
+        let mut pieces = self.pieces(item..item + 1, tokens, threads);
+        let first = pieces.next();
+        first.map_or(&[], |(part, panels, _)| {
+            self.parts[part].matrix.stream(panels.start)
+        })
+    }
+
     /// Output columns of a run of items.
     pub(crate) fn span(&self, items: Range<usize>, tokens: usize, threads: usize) -> Range<usize> {
         self.pieces(items, tokens, threads)

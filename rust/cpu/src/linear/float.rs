@@ -60,6 +60,11 @@ impl Dense {
         self.panels.len()
     }
 
+    /// What is stored from a panel on.
+    pub(super) fn stream(&self, panel: usize) -> &[u8] {
+        &self.panels[panel * self.inputs * ROWS * self.dtype.size()..]
+    }
+
     /// The 16 rows of one input.
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, panel: usize, input: usize) -> S::F32 {

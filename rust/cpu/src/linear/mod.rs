@@ -159,6 +159,16 @@ impl Matrix {
         self.rows.div_ceil(ROWS)
     }
 
+    /// What is stored from a panel on: what a stream from there reads.
+    pub(crate) fn stream(&self, panel: usize) -> &[u8] {
+        match &self.store {
+            Store::Codes { weight, .. } | Store::Floats(weight) => {
+                &weight.bytes()[panel * weight.layout().panel_bytes..]
+            }
+            Store::Dense(dense) => dense.stream(panel),
+        }
+    }
+
     /// What [`Acts`] must hold for this matrix. Matrices with equal inputs can share them.
     pub fn input(&self) -> &Input {
         &self.input

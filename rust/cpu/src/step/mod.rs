@@ -5,9 +5,11 @@
 //! used, so shared rows and activations are only read where nobody writes, and `for_each` gives every item, hence every
 //! part of an output, to one thread. Comments below call this *the plan*.
 
+mod ahead;
 mod experts;
 mod head;
 
+use ahead::Ahead;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 
@@ -104,9 +106,11 @@ impl Pass<'_> {
         let own = unsafe { self.memory.own.get_mut(team.index()) };
         own.best.clear();
         own.best.resize(self.rows.len(), Best::NONE);
-        for step in &self.plan.steps {
+        let mut ahead = Ahead::NOTHING;
+        for (number, step) in self.plan.steps.iter().enumerate() {
             if step.barrier {
-                team.barrier()?;
+                ahead.aim(self, number, team);
+                team.barrier_while(|| ahead.ask(self.isa))?;
             }
             if let Err(error) = self.work(&step.work, team, own) {
                 self.error

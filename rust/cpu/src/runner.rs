@@ -9,9 +9,8 @@ use kbit_tensor::program::{
 };
 use kbit_tensor::{Error, Result, Weight};
 
-use crate::acts::Acts;
 use crate::attention::{Attention, View, WeightsOut, Work};
-use crate::buffers::{Cells, Rows};
+use crate::buffers::Rows;
 use crate::cache::{Cache, HeadLayout};
 use crate::head::Best;
 use crate::op::Op;
@@ -20,7 +19,7 @@ use crate::pool;
 use crate::prepare::Model;
 use crate::project::Target;
 use crate::rope::Tables;
-use crate::step::{Memory, Own, Pass};
+use crate::step::{Memory, Pass};
 
 /// Tokens of a pass. More tokens read weights less often; fewer keep buffers small and cancelling quick.
 const TOKENS: usize = 512;
@@ -40,7 +39,12 @@ pub struct CpuRunner {
     heads: Vec<(HeadLayout, usize)>,
     tables: Vec<Tables>,
     memory: Memory,
+    /// Passes of few tokens since the last of more.
+    few_passes: usize,
 }
+
+/// Passes of few tokens after which the rows of larger ones are given back: tens of megabytes that only prompts use.
+const KEPT: usize = 32;
 
 /// Tokens `from..to` of a part.
 struct Piece {
@@ -85,30 +89,7 @@ impl CpuRunner {
         };
         let model = Model::new(&program, weights, options.activations)?;
         let cache = Cache::new(&program.cache, options.cache, options.cache_bytes);
-        let memory = Memory {
-            buffers: model
-                .widths
-                .iter()
-                .map(|&width| Rows::new(0, width))
-                .collect::<Result<_>>()?,
-            acts: Cells::new(
-                (0..model.memories)
-                    .map(|_| Acts::new())
-                    .collect::<Result<_>>()?,
-            ),
-            expert_acts: Cells::new(
-                (0..3 * model.experts)
-                    .map(|_| Acts::new())
-                    .collect::<Result<_>>()?,
-            ),
-            partials: Vec::new(),
-            finished: Vec::new(),
-            own: Cells::new(
-                (0..threads)
-                    .map(|_| Own::new(&model))
-                    .collect::<Result<_>>()?,
-            ),
-        };
+        let memory = Memory::new(&model, threads)?;
         Ok(Self {
             few: Plan::few(&model),
             many: Plan::many(&model),
@@ -124,6 +105,7 @@ impl CpuRunner {
             options,
             cache,
             memory,
+            few_passes: 0,
         })
     }
 
@@ -280,6 +262,12 @@ impl CpuRunner {
         }
         let few = ids.len() <= FEW && !want.hidden && !want.attentions;
         let work = self.attention_work(&views, want.attentions);
+        self.few_passes = if few { self.few_passes + 1 } else { 0 };
+        if self.few_passes == KEPT
+            && let Ok(fresh) = Memory::new(&self.model, self.threads)
+        {
+            self.memory = fresh;
+        }
         self.reserve(ids.len(), rows.len(), few, &work)?;
         let (vocab, first) = (self.program.vocab_size, out.rows * self.program.vocab_size);
         let logits =

@@ -413,6 +413,38 @@ fn long_prompts() {
     }
 }
 
+/// After many steps of one token the rows of prompts are given back; nothing is different then or later.
+#[test]
+fn rows_given_back_do_not_matter() {
+    for model in &models() {
+        let ids = ids(500, 5);
+        let options = Options {
+            threads: 2,
+            cache_bytes: 1 << 30,
+            ..Options::default()
+        };
+        let isa = Isa::chosen().expect("there is one");
+        let expected = logits(&mut *on(model, isa, options), &ids, ids.len());
+        let mut runner = on(model, isa, options);
+        let sequence = runner.open(ids.len()).expect("opens");
+        let mut all = (Vec::new(), Vec::new());
+        let mut from = 0;
+        for step in [100]
+            .into_iter()
+            .chain([1; 40])
+            .chain([3, 300, 2])
+            .chain([1; 55])
+        {
+            let part = part(sequence, &ids[from..from + step]);
+            let out = runner.run(&[part], ALL, &NEVER).expect("runs");
+            all.0.extend(out.logits);
+            all.1.extend(out.argmax);
+            from += step;
+        }
+        assert!(all == expected, "{}", model.name);
+    }
+}
+
 /// A sequence gives the same whatever else is in the batch.
 #[test]
 fn batches_do_not_matter() {

@@ -70,6 +70,26 @@ pub(crate) struct Memory {
     pub(crate) own: Cells<Own>,
 }
 
+impl Memory {
+    /// Nothing yet; a pass makes the room it needs.
+    pub(crate) fn new(model: &Model, threads: usize) -> Result<Self> {
+        let acts = |n: usize| (0..n).map(|_| Acts::new()).collect::<Result<_>>();
+        let rows = model.widths.iter().map(|&width| Rows::new(0, width));
+        Ok(Self {
+            buffers: rows.collect::<Result<_>>()?,
+            acts: Cells::new(acts(model.memories)?),
+            expert_acts: Cells::new(acts(3 * model.experts)?),
+            partials: Vec::new(),
+            finished: Vec::new(),
+            own: Cells::new(
+                (0..threads)
+                    .map(|_| Own::new(model))
+                    .collect::<Result<_>>()?,
+            ),
+        })
+    }
+}
+
 /// One pass over the model: some tokens of some sequences.
 pub(crate) struct Pass<'a> {
     pub(crate) model: &'a Model,

@@ -1,16 +1,17 @@
 """kbit beside llama.cpp and mistral.rs on the same machine, in one run.
 
-    python benches/compare.py                                           all of the 1B shape, some 30 minutes
+    python benches/compare.py                                           all of the 1B shape, some 40 minutes
     python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 6 minutes
 
 writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory
 and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp. Engines run one
 after the other in every round, and the best round counts for each figure. Decode, which memory bounds, has three
 passes a round, and what runs on the same type of file runs side by side: a shared machine reads memory two or three
-times as fast in one minute as in the next. kbit's share of the bandwidth is that of the middle pass, decode over plain
-reading between two decodes of one process. A peer that cannot be had ends the run. A measurement that fails or takes too long is not repeated: its
-reason stands below the tables, which say "failed" where no round gave a figure, and the exit code is 1. Use an idle
-machine: engines whose threads wait for each other take minutes on a busy one. 20 GB of disk, 8 GB of memory.
+times as fast in one minute as in the next. kbit's share of the bandwidth is that of the middle pass, decode over
+plain reading between two decodes of one process. A peer that cannot be had ends the run. A measurement that fails or
+takes too long is not repeated: its reason stands below the tables, which say "failed" where no round gave a figure,
+and the exit code is 1. Use an idle machine: engines whose threads wait for each other take minutes on a busy one. 20
+GB of disk, 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -273,8 +274,9 @@ def widths(b: Bench) -> Render:
                  kind, n(b.files[kind].stat().st_size / 1e6), *rates(theirs[kind]), *ratios(row, theirs[kind])]
             )  # fmt: skip
         out += table(
-            ["k", "bits/weight", "MB", "prefill", "decode", "of int8 peak", "of bandwidth", "of its best", "time a byte (k = 4: 1)",
-             "llama.cpp type", "MB", "prefill", "decode", "prefill ratio", "decode ratio"], rows
+            ["k", "bits/weight", "MB", "prefill", "decode", "of int8 peak", "of bandwidth", "of its best",
+             "time a byte (k = 4: 1)", "llama.cpp type", "MB", "prefill", "decode", "prefill ratio", "decode ratio"],
+            rows,
         )  # fmt: skip
         if 4 in ours:
             against = [theirs["Q4_0"], theirs["Q4_K_M"], rust]
@@ -355,7 +357,9 @@ def memory(b: Bench) -> Render:
 
 def files(b: Bench) -> Render:
     """kbit and llama.cpp on the same GGUF files."""
-    pairs = [(kind, b.kbit(f"kbit on {kind}", kind, b.files[kind]), b.llama(kind)) for kind in SAME_FILE]
+    pairs = [
+        (kind, b.kbit(f"kbit on {kind}", kind, b.files[kind]), b.llama(kind)) for kind in SAME_FILE
+    ]
 
     def render() -> list[str]:
         rows = [
@@ -591,9 +595,9 @@ def main() -> None:
         f"({min(args.rounds, DEEP_ROUNDS)} at depth) with {1 + DECODES} passes of decode each, "
         f"{(time.monotonic() - start) / 60:.0f} minutes.",
         f"Limits, before each pass and at the end: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} GB/s "
-        f"(middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth are those "
-        "of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes of one "
-        "process; shares of its best are the best decode over the best read of the whole run.",
+        f"(middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth are "
+        "those of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes of "
+        "one process; shares of its best are the best decode over the best read of the whole run.",
         "",
     ]
     for render in renders:

@@ -3,7 +3,7 @@
 //! A step is one [`run`]: every thread executes the same function and meets the others at a few barriers. Inside, work is
 //! split by [`Team::for_each`]: every thread starts with a contiguous range of the items (so that it reads memory as one
 //! stream) and takes what is left of its neighbours' ranges when it is done, so that a core that somebody else uses costs
-//! its own share only. Waiting threads spin for some microseconds, then sleep, which gives their core to whoever needs it.
+//! its own share only. Streams from memory ([`Team::for_runs`]) have ranges as long as the threads were fast. Waiting threads spin for some microseconds, then sleep, which gives their core to whoever needs it.
 //!
 //! A step that finds the pool busy waits its turn, in order of arrival; a step of one thread needs no pool. After `fork`
 //! the child has none of the threads: it is told by the process id and builds a new pool.

@@ -116,9 +116,9 @@ impl Projection {
         })
     }
 
-    /// What a thread that begins with an item reads first.
-    pub(crate) fn stream(&self, item: usize, tokens: usize, threads: usize) -> &[u8] {
-        let mut pieces = self.pieces(item..item + 1, tokens, threads);
+    /// What a thread reads first of a range of items; nothing if that is empty.
+    pub(crate) fn stream(&self, items: Range<usize>, tokens: usize, threads: usize) -> &[u8] {
+        let mut pieces = self.pieces(items, tokens, threads);
         let first = pieces.next();
         first.map_or(&[], |(part, panels, _)| {
             self.parts[part].matrix.stream(panels.start)

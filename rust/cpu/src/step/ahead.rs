@@ -32,27 +32,24 @@ impl<'a> Ahead<'a> {
         if self.step >= from {
             return;
         }
-        let reads = |work: &'a Work| match work {
-            Work::Linear(op) => Some((&op.projection, pass.ids.len())),
-            Work::Head(op) => Some((&op.head.projection, pass.rows.len())),
-            _ => None,
-        };
         let steps = pass.plan.steps[from..].iter();
-        let next = steps
-            .enumerate()
-            .find_map(|(i, step)| Some((i, reads(&step.work)?)));
-        let Some((i, (projection, tokens))) = next else {
-            (self.step, self.bytes) = (usize::MAX, &[]);
-            return;
-        };
-        let share = team.stream_share(team.index(), projection.items(tokens, team.threads()));
-        let bytes = projection.stream(share.start, tokens, team.threads());
-        self.step = from + i;
-        self.bytes = if share.is_empty() {
-            &[]
-        } else {
-            &bytes[..bytes.len().min(MOST)]
-        };
+        let next = steps.enumerate().find_map(|(i, step)| {
+            let reads = match &step.work {
+                Work::Linear(op) => Some((&op.projection, pass.ids.len())),
+                Work::Head(op) => Some((&op.head.projection, pass.rows.len())),
+                // Which experts is not known before; what comes after them would be out of the cache again by then.
+                Work::Experts(..) => None,
+                _ => return None,
+            };
+            Some((from + i, reads))
+        });
+        let (step, reads) = next.unwrap_or((usize::MAX, None));
+        let bytes = reads.map_or(&[][..], |(projection, tokens)| {
+            let threads = team.threads();
+            let share = team.stream_share(team.index(), projection.items(tokens, threads));
+            projection.stream(share, tokens, threads)
+        });
+        (self.step, self.bytes) = (step, &bytes[..bytes.len().min(MOST)]);
     }
 
     /// Asks for a few more lines.

@@ -9,10 +9,10 @@ mod ahead;
 mod experts;
 mod head;
 
-use ahead::Ahead;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 
+use ahead::Ahead;
 use kbit_simd::{Isa, dispatch};
 use kbit_tensor::program::CacheType;
 use kbit_tensor::{Error, Result};

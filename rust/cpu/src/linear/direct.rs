@@ -262,6 +262,13 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
             // SAFETY: a panel of the matrix.
             let scales = unsafe { near.scales(layout, at) };
             let mut y = [s.splat(0.0); M];
+            // SAFETY: a chunk of the panel.
+            let prepare = |chunk: usize, quarter| unsafe {
+                decode.block(s, layout, scales, chunk.min(layout.chunks - 1), quarter)
+            };
+            // What a block needs takes long to make, so it is made a quarter before.
+            let mut next = prepare(0, 0);
+            let mut block = next;
             for sup in 0..layout.supers {
                 // SAFETY: the tile was made for the inputs of the matrix.
                 let start = unsafe { start::<S, M>(s, tile, SUPER, sup) };
@@ -273,16 +280,19 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                     unsafe {
                         let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
                         let acts = tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
-                        let mut block = decode.block(s, layout, scales, chunk, 0);
                         vectors!(G => {
-                            if G != 0 && (G * 4).is_multiple_of(D::BLOCK) {
-                                block = decode.block(s, layout, scales, chunk, G / QUARTER);
+                            if (G * 4).is_multiple_of(D::BLOCK) {
+                                block = next;
                             }
                             let w = decode.vector::<{ G }>(s, &block, codes);
                             let chain = &mut chains[G % CHAINS];
                             for n in 0..M {
                                 let a = activations(s, acts, G, n, M);
                                 chain[n] = s.dot(chain[n], w, a);
+                            }
+                            let end = G * 4 + 16;
+                            if G.is_multiple_of(QUARTER) && end.is_multiple_of(D::BLOCK) {
+                                next = prepare(chunk + end / CHUNK, end % CHUNK / 16);
                             }
                         });
                     }

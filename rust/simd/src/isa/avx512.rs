@@ -49,7 +49,14 @@ pub(crate) struct Ladder {
 pub(crate) struct Rungs {
     /// Ladder index above where the code goes (table), or the ladder value in 16-bit lanes (multiplication).
     v: __m512i,
-    /// Rows in the upper half of a table of 256.
+    /// Which bytes look into the upper half of a table of 256.
+    half: Half,
+}
+
+/// Bytes of an index into a table of 256: below 128, and the others.
+#[derive(Clone, Copy)]
+struct Half {
+    lower: __mmask64,
     upper: __mmask64,
 }
 
@@ -349,7 +356,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 return match BITS {
                     ..=6 => _mm512_permutexvar_epi8(code, t[0]),
                     7 => _mm512_permutex2var_epi8(t[0], code, t[1]),
-                    _ => lookup_256(t, code, _mm512_movepi8_mask(code)),
+                    _ => lookup_256(t, code, half(code)),
                 };
             }
             let low = _mm512_and_si512(code, _mm512_set1_epi8(15));
@@ -400,10 +407,8 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 } else {
                     self.shl(s, BITS as u32)
                 };
-                return Rungs {
-                    v,
-                    upper: if BITS == 4 { _mm512_movepi8_mask(v) } else { 0 },
-                };
+                let half = if BITS == 4 { half(v) } else { Half::NONE };
+                return Rungs { v, half };
             }
             let nibble = _mm512_and_si512(
                 if high { _mm512_srli_epi16::<4>(s) } else { s },
@@ -413,7 +418,10 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 _mm512_shuffle_epi8(ladder.ladder, nibble),
                 _mm512_set1_epi16(255),
             );
-            Rungs { v, upper: 0 }
+            Rungs {
+                v,
+                half: Half::NONE,
+            }
         }
     }
     #[inline(always)]
@@ -430,7 +438,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 return match BITS {
                     2 => _mm512_permutexvar_epi8(index, t[0]),
                     3 => _mm512_permutex2var_epi8(t[0], index, t[1]),
-                    _ => lookup_256(t, index, rungs.upper),
+                    _ => lookup_256(t, index, rungs.half),
                 };
             }
             // vpmulhrsw of (value << 8) and the ladder value is the definition, for even and odd bytes apart.
@@ -500,14 +508,36 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     }
 }
 
-/// Two tables of 128; `upper` says which bytes want the second. Each lookup writes its bytes over their indices, so that nothing is left to merge.
+impl Half {
+    const NONE: Self = Self { lower: 0, upper: 0 };
+}
+
+/// Two tables of 128. Each lookup writes its bytes over their indices, so that nothing is left to merge.
 #[inline(always)]
-fn lookup_256(t: &[__m512i; 16], index: __m512i, upper: __mmask64) -> __m512i {
+fn lookup_256(t: &[__m512i; 16], index: __m512i, half: Half) -> __m512i {
     // SAFETY: called with VBMI only.
     unsafe {
-        let low = _mm512_mask2_permutex2var_epi8(t[0], index, !upper, t[1]);
-        _mm512_mask2_permutex2var_epi8(t[2], low, upper, t[3])
+        let low = _mm512_mask2_permutex2var_epi8(t[0], index, half.lower, t[1]);
+        _mm512_mask2_permutex2var_epi8(t[2], low, half.upper, t[3])
     }
+}
+
+/// The halves of an index. In assembly, which stays where it is written: masks take long to make, and compilers put off what would be ready in time.
+#[inline]
+#[target_feature(enable = "avx512bw")]
+fn half(index: __m512i) -> Half {
+    let (lower, upper);
+    unsafe {
+        std::arch::asm!(
+            "vpmovb2m {upper}, {index}",
+            "knotq {lower}, {upper}",
+            index = in(zmm_reg) index,
+            upper = out(kreg) upper,
+            lower = lateout(kreg) lower,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    Half { lower, upper }
 }
 
 /// Four registers of 64 entries with VBMI, 16 of 16 repeated entries without.

@@ -1,5 +1,7 @@
 //! From bit planes to int8 weights: one code vector (16 rows x 4 inputs) at a time.
 
+use std::ops::Range;
+
 use kbit_simd::{Book, Simd};
 use kbit_tensor::{Codebook, KLayout, KTensor, Scales};
 
@@ -22,6 +24,25 @@ impl<'a> Panels<'a> {
     #[inline(always)]
     pub(super) fn at(&self, panel: usize) -> *const u8 {
         self.bytes[panel * self.layout.panel_bytes..].as_ptr()
+    }
+
+    /// The same for requests, which may be for panels that there are not.
+    #[inline(always)]
+    pub(super) fn ahead(&self, panel: usize) -> *const u8 {
+        self.bytes
+            .as_ptr()
+            .wrapping_add(panel * self.layout.panel_bytes)
+    }
+
+    /// Where in a panel super-blocks are stored, codes of `bits` bits and, with the first, the scales of all.
+    pub(super) fn stored(&self, supers: Range<usize>, bits: usize) -> Range<usize> {
+        let chunk = |n: usize| self.layout.codes_at + self.layout.chunks.min(n * 4) * bits * 128;
+        let start = if supers.start == 0 {
+            0
+        } else {
+            chunk(supers.start)
+        };
+        start..chunk(supers.end)
     }
 }
 

@@ -51,11 +51,13 @@ pub(super) fn run<S: Simd>(
     } else {
         S::PANELS
     };
-    let (slab, group) = if acts.tiles() == 1 {
-        (SHORT, side_by_side)
+    let tiles = acts.tiles();
+    let (slab, group, ahead) = if tiles == 1 {
+        (SHORT, side_by_side, 2)
     } else {
-        (LONG.min(FIRST_CACHE / (S::TILE * SUPER)), GROUP)
+        (LONG.min(FIRST_CACHE / (S::TILE * SUPER)), GROUP, 1)
     };
+    let slabs = layout.supers.div_ceil(slab);
     let panel_bytes = slab.min(layout.supers) * SUPER / CHUNK * VECTORS * S::WEIGHT_BYTES;
     SCRATCH.with_borrow_mut(|scratch| {
         let lines = (group * panel_bytes).div_ceil(64);
@@ -66,8 +68,13 @@ pub(super) fn run<S: Simd>(
         s.begin_products();
         for base in panels.clone().step_by(group) {
             let members = base..panels.end.min(base + group);
-            for first in (0..layout.supers).step_by(slab) {
+            for number in 0..slabs {
+                let first = number * slab;
                 let supers = first..layout.supers.min(first + slab);
+                // Where this group's first panel is in the slab to ask for.
+                let coming = number + ahead;
+                let (later, coming) = (coming / slabs * group, coming % slabs * slab);
+                let coming = source.stored(coming..coming + slab, decoder.bits);
                 let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
                 for panel in members.clone() {
                     let to = to.wrapping_add((panel - base) * panel_bytes);
@@ -83,7 +90,9 @@ pub(super) fn run<S: Simd>(
                         },
                     );
                 }
-                for index in 0..acts.tiles() {
+                for index in 0..tiles {
+                    let lines = coming.len() / 64;
+                    let lines = lines * index / tiles..lines * (index + 1) / tiles;
                     let (first, tile) = (index * S::TILE, acts.tile(index));
                     for panel in members.clone().step_by(side_by_side) {
                         multiply(
@@ -98,6 +107,10 @@ pub(super) fn run<S: Simd>(
                                 supers: supers.clone(),
                                 weights: to.wrapping_add((panel - base) * panel_bytes),
                                 panel_bytes,
+                                ahead: source
+                                    .ahead(panel + later)
+                                    .wrapping_add(coming.start + lines.start * 64),
+                                lines: lines.len().div_ceil(supers.len()),
                                 out,
                             },
                         );
@@ -182,9 +195,6 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
             // SAFETY: the chunk is in the panel; the maker of `Unpack` gave room for 16 vectors a chunk.
             unsafe {
                 let codes = self.panel.add(layout.codes_at + chunk * D::BITS * 128);
-                for line in 0..2 * D::BITS {
-                    s.prefetch(codes.wrapping_add(2048 + line * 64));
-                }
                 let mut block = decode.block(s, layout, self.panel, chunk, 0);
                 macro_rules! quarter {
                     ($q:literal) => {{
@@ -226,7 +236,24 @@ struct Job<'a> {
     weights: *const u8,
     /// From the weights of one panel to those of the next.
     panel_bytes: usize,
+    /// What to ask for meanwhile, of the first panel (those of the others lie behind): so many lines a super-block.
+    ahead: *const u8,
+    lines: usize,
     out: Out,
+}
+
+impl Job<'_> {
+    /// Asks for what comes later, at an even pace: with super-block `sup`.
+    #[inline(always)]
+    fn ask<S: Simd, const P: usize>(&self, s: S, sup: usize) {
+        let at = (sup - self.supers.start) * self.lines;
+        for p in 0..P {
+            let ahead = self.ahead.wrapping_add(p * self.source.layout.panel_bytes);
+            for line in at..at + self.lines {
+                s.prefetch_far(ahead.wrapping_add(line * 64));
+            }
+        }
+    }
 }
 
 /// Finds the kernel for the number of tokens and the scale kind.
@@ -315,6 +342,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
             }
         }
         for sup in job.supers.clone() {
+            job.ask::<S, P>(s, sup);
             let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
             let mut input = sup * SUPER;
             while input < end {
@@ -384,7 +412,8 @@ impl<S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
         }
         let mut weights = job.weights;
         let mut running = Running::new(s, y);
-        for sup in job.supers {
+        for sup in job.supers.clone() {
+            job.ask::<S, 1>(s, sup);
             let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
             for input in (sup * SUPER..end).step_by(block) {
                 let groups = input / 4..(input + block).min(end) / 4;

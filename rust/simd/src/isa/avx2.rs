@@ -96,6 +96,9 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     }
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::F32 {
+        if let Ok(all) = x.try_into() {
+            return self.load(all);
+        }
         let mut all = [0.0; LANES];
         all[..x.len()].copy_from_slice(x);
         self.load(&all)
@@ -109,6 +112,9 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     }
     #[inline(always)]
     fn store_part(self, v: Self::F32, to: &mut [f32]) {
+        if let Ok(all) = <&mut [f32; LANES]>::try_from(&mut *to) {
+            return self.store(v, all);
+        }
         let mut all = [0.0; LANES];
         self.store(v, &mut all);
         to.copy_from_slice(&all[..to.len()]);

@@ -459,7 +459,8 @@ unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usiz
             // SAFETY: the group is below the padded inputs, and so are those that lie together with it.
             unsafe {
                 if S::PAIRS {
-                    let pairs = [four[0], four[2], four[1], four[3]].map(i16::from);
+                    let [a, b, c, d] = [four[0], four[2], four[1], four[3]];
+                    let pairs = [a.into(), b.into(), c.into(), d.into()];
                     data.cast::<[i16; 4]>().add(at).write_unaligned(pairs);
                 } else {
                     let to = data.cast::<i8>().add(4 * at);

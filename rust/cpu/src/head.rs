@@ -41,6 +41,11 @@ impl Best {
         }
     }
 
+    /// The largest so far.
+    pub(crate) fn value(self) -> f32 {
+        self.value
+    }
+
     /// What a step reports.
     pub(crate) fn id(self) -> u32 {
         if self.nan { u32::MAX } else { self.id }
@@ -53,18 +58,27 @@ pub(crate) struct Logits<'a> {
     pub(crate) values: &'a mut [f32],
     /// Id of the first.
     pub(crate) first: u32,
+    /// What the best of them must reach to matter.
+    pub(crate) least: f32,
 }
 
 impl SimdOp for Logits<'_> {
     type Output = Best;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> Best {
+        // At least the largest (zeros fill up the last 16), and NaN once a value is not finite.
+        let (mut peak, mut odd) = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
         for x in self.values.chunks_mut(LANES) {
             let mut v = s.mul(load(s, x), s.splat(self.head.scale));
             if let Some(cap) = self.head.softcap {
                 v = s.mul(s.splat(cap), math::tanh(s, s.div(v, s.splat(cap))));
             }
             store(s, v, x);
+            odd = s.add(odd, s.sub(v, v));
+            peak = s.max(v, peak);
+        }
+        if !s.reduce_add(odd).is_nan() && s.reduce_max(peak) < self.least {
+            return Best::NONE;
         }
         let mut best = Best::NONE;
         for (id, &value) in (self.first..).zip(self.values.iter()) {

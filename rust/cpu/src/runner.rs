@@ -9,7 +9,7 @@ use kbit_tensor::program::{
 };
 use kbit_tensor::{Error, Result, Weight};
 
-use crate::attention::{Attention, View, WeightsOut, Work};
+use crate::attention::{Attention, View, WeightsOut, Work, is_split};
 use crate::buffers::Rows;
 use crate::cache::{Cache, HeadLayout};
 use crate::head::Best;
@@ -292,6 +292,7 @@ impl CpuRunner {
             ids: &ids,
             positions: &positions,
             views: &views,
+            on_the_fly: views.iter().all(|v| is_split(v.tokens, want.attentions)),
             work: &work
                 .layers
                 .iter()

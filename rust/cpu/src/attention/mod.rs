@@ -24,7 +24,7 @@ use crate::rope::{Tables, rotate};
 use chunk::{Chunk, Finish, Merge, Query, Scoring, Weights};
 use page::{Append, Widen};
 use work::Item;
-pub(crate) use work::Work;
+pub(crate) use work::{Work, is_split};
 
 /// Queries from which a chunk is turned into f32 first.
 const WIDEN: usize = 9;
@@ -199,8 +199,7 @@ impl Attention {
         self.chunk(s, view, item.kv_head, split.start, t, false)?;
         let (n, stride) = (t.queries.len(), s.head.value_stride);
         if split.chunks == 1 {
-            t.start_running(n, stride);
-            t.merge(s.isa, split.start, stride);
+            t.only_chunk();
             self.finish(s, view, item, t);
             return Ok(());
         }
@@ -507,6 +506,15 @@ impl Scratch {
             v.clear();
             v.resize(n, value);
         }
+    }
+
+    /// What merging the only chunk of a context gives.
+    fn only_chunk(&mut self) {
+        std::mem::swap(&mut self.running_max, &mut self.max);
+        std::mem::swap(&mut self.running_sum, &mut self.sum);
+        self.running.clear();
+        // Merging adds it to a zero, which is seen where it is -0.
+        self.running.extend(self.out.iter().map(|o| o + 0.0));
     }
 
     /// Merges the chunk that starts at `start` for the queries that see it.

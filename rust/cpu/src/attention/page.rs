@@ -229,18 +229,23 @@ impl SimdOp for Append<'_> {
                             } else {
                                 s.store_bf16(v, &mut bits);
                             }
-                            (0..n).for_each(|i| *to.cast::<u16>().add(first + i * step) = bits[i]);
+                            for (i, bits) in bits[..n].iter().enumerate() {
+                                *to.cast::<u16>().add(first + i * step) = *bits;
+                            }
                         }
                         CacheType::F32 => {
                             let mut values = [0f32; LANES];
                             s.store(v, &mut values);
-                            (0..n)
-                                .for_each(|i| *to.cast::<f32>().add(first + i * step) = values[i]);
+                            for (i, value) in values[..n].iter().enumerate() {
+                                *to.cast::<f32>().add(first + i * step) = *value;
+                            }
                         }
                         CacheType::I8 => {
                             let mut codes = [0i8; LANES];
                             s.store_i8(s.to_i32(s.mul(v, s.splat(scale.inverse))), &mut codes);
-                            (0..n).for_each(|i| *to.cast::<i8>().add(first + i * step) = codes[i]);
+                            for (i, code) in codes[..n].iter().enumerate() {
+                                *to.cast::<i8>().add(first + i * step) = *code;
+                            }
                         }
                     }
                 }

@@ -286,7 +286,7 @@ impl World {
         let mut start = 0;
         for &n in steps {
             let whole = want_weights || !fused && n % 2 == 0;
-            let fused = fused && !want_weights && n <= super::work::SPLIT;
+            let fused = fused && super::is_split(n, want_weights);
             cache.reserve(id, n).expect("room");
             let (qkv, mut out) = (
                 Rows::new(n, self.qkv[0].len()).expect("room"),

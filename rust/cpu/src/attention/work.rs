@@ -8,7 +8,12 @@ use crate::cache::PAGE;
 /// Queries of an item of a prompt.
 const QUERIES: usize = 128;
 /// New tokens of a sequence up to which its context is split into chunks.
-pub(super) const SPLIT: usize = 8;
+const SPLIT: usize = 8;
+
+/// Whether the items of a sequence with so many new tokens are chunks of its context, which rotate and append on the fly. `whole`: never.
+pub(crate) fn is_split(tokens: usize, whole: bool) -> bool {
+    tokens <= SPLIT && !whole
+}
 
 /// A unit of work.
 #[derive(Debug)]
@@ -56,7 +61,7 @@ impl Attention {
         for (v, view) in views.iter().enumerate() {
             let chunks = self.first(view.start) / PAGE..(view.start + view.tokens).div_ceil(PAGE);
             for kv_head in 0..self.kv_heads {
-                if view.tokens > SPLIT || whole {
+                if !is_split(view.tokens, whole) {
                     let block = (QUERIES / group).clamp(4, 64);
                     let blocks = (0..view.tokens)
                         .step_by(block)

@@ -79,6 +79,7 @@ impl Pass<'_> {
                         head,
                         values: logits,
                         first: ids.start as u32,
+                        least: best.value(),
                     },
                 ));
                 if let Some(to) = self.logits {

@@ -104,6 +104,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) ids: &'a [u32],
     pub(crate) positions: &'a [usize],
     pub(crate) views: &'a [View],
+    /// Whether attention rotates and appends what it reads, instead of a unit of its own: where a sequence has few tokens.
+    pub(crate) on_the_fly: bool,
     /// Per cache layer: its items, and which of `memory.partials` they use.
     pub(crate) work: &'a [(&'a attention::Work, usize)],
     /// Tokens that want logits.
@@ -274,6 +276,9 @@ impl Pass<'_> {
     }
 
     fn rotate(&self, op: &AttentionOp, team: &Team<'_>) {
+        if self.on_the_fly {
+            return;
+        }
         let shared = self.shared(op);
         team.for_each(self.ids.len(), |t| {
             let view = &self.views[self.views.partition_point(|v| v.row <= t) - 1];
@@ -292,8 +297,7 @@ impl Pass<'_> {
         scratch: &mut attention::Scratch,
     ) -> Result<()> {
         let shared = self.shared(op);
-        // What was not rotated in a unit of its own is rotated on the fly.
-        let rotation = self.plan.few.then_some(&op.rotation);
+        let rotation = self.on_the_fly.then_some(&op.rotation);
         let items = &self.work[op.attention.layer].0.items;
         let mut result = Ok(());
         team.for_each(items.len(), |i| {

@@ -13,7 +13,7 @@ mod work;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use kbit_simd::{Isa, dispatch};
+use kbit_simd::{Isa, Simd, SimdOp, dispatch};
 use kbit_tensor::program::CacheType;
 use kbit_tensor::{Bytes, Result};
 
@@ -28,6 +28,25 @@ pub(crate) use work::{Work, is_split};
 
 /// Queries from which a chunk is turned into f32 first.
 const WIDEN: usize = 9;
+
+/// Bytes of keys, and of values, that are asked for while the item before is computed.
+const ASKED: usize = 8 << 10;
+
+/// Asks for the lines of some bytes.
+struct Ask {
+    at: *const u8,
+    n: usize,
+}
+
+impl SimdOp for Ask {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        for line in (0..self.n).step_by(64) {
+            s.prefetch_far(self.at.wrapping_add(line));
+        }
+    }
+}
 
 /// One attention layer.
 #[derive(Debug)]
@@ -174,6 +193,30 @@ impl Attention {
                 s.head,
                 view.pages[self.layer][index].add(kv_head * s.head_bytes),
             )
+        }
+    }
+
+    /// Asks for the beginning of what an item reads.
+    pub(crate) fn ask(&self, s: &Shared<'_>, item: &Item) {
+        let view = &s.views[item.view];
+        let start = item.chunk.as_ref().map_or(0, |split| split.start);
+        let seen = (view.start + item.tokens.end).saturating_sub(start).min(PAGE);
+        let page = self.page(s, view, start / PAGE, item.kv_head);
+        let (d, group) = (self.head_dim, self.q_heads / self.kv_heads);
+        // SAFETY: as in `item`.
+        let row = unsafe { s.qkv.row(view.row + item.tokens.start) };
+        let bytes = |elements: usize| elements * page.layout.key_bytes() / PAGE;
+        let q = item.kv_head * group * d;
+        let k = (self.q_heads + item.kv_head) * d;
+        let v = (self.q_heads + self.kv_heads + item.kv_head) * d;
+        for (at, n) in [
+            (page.keys.cast_const(), bytes(seen.next_multiple_of(16))),
+            (page.values.cast_const(), bytes(seen)),
+            (row[q..].as_ptr().cast(), group * d * 4),
+            (row[k..].as_ptr().cast(), d * 4),
+            (row[v..].as_ptr().cast(), d * 4),
+        ] {
+            dispatch(s.isa, Ask { at, n: n.min(ASKED) });
         }
     }
 

@@ -22,6 +22,7 @@
 
 mod activation;
 pub mod acts;
+mod ask;
 mod attention;
 mod buffers;
 mod cache;

@@ -13,10 +13,11 @@ mod work;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use kbit_simd::{Isa, Simd, SimdOp, dispatch};
+use kbit_simd::{Isa, dispatch};
 use kbit_tensor::program::CacheType;
 use kbit_tensor::{Bytes, Result};
 
+use crate::ask::ask;
 use crate::buffers::Rows;
 use crate::cache::{HeadLayout, HeadPage, PAGE};
 use crate::norm::{Norm, norm_in_place};
@@ -31,22 +32,6 @@ const WIDEN: usize = 9;
 
 /// Bytes of keys, and of values, that are asked for while the item before is computed.
 const ASKED: usize = 8 << 10;
-
-/// Asks for the lines of some bytes.
-struct Ask {
-    at: *const u8,
-    n: usize,
-}
-
-impl SimdOp for Ask {
-    type Output = ();
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        for line in (0..self.n).step_by(64) {
-            s.prefetch_far(self.at.wrapping_add(line));
-        }
-    }
-}
 
 /// One attention layer.
 #[derive(Debug)]
@@ -200,23 +185,24 @@ impl Attention {
     pub(crate) fn ask(&self, s: &Shared<'_>, item: &Item) {
         let view = &s.views[item.view];
         let start = item.chunk.as_ref().map_or(0, |split| split.start);
-        let seen = (view.start + item.tokens.end).saturating_sub(start).min(PAGE);
+        let seen = (view.start + item.tokens.end)
+            .saturating_sub(start)
+            .min(PAGE);
         let page = self.page(s, view, start / PAGE, item.kv_head);
+        let cached = (page.layout.key_bytes() * seen / PAGE).min(ASKED);
+        ask(s.isa, page.keys, cached);
+        ask(s.isa, page.values, cached);
         let (d, group) = (self.head_dim, self.q_heads / self.kv_heads);
         // SAFETY: as in `item`.
         let row = unsafe { s.qkv.row(view.row + item.tokens.start) };
-        let bytes = |elements: usize| elements * page.layout.key_bytes() / PAGE;
-        let q = item.kv_head * group * d;
-        let k = (self.q_heads + item.kv_head) * d;
-        let v = (self.q_heads + self.kv_heads + item.kv_head) * d;
-        for (at, n) in [
-            (page.keys.cast_const(), bytes(seen.next_multiple_of(16))),
-            (page.values.cast_const(), bytes(seen)),
-            (row[q..].as_ptr().cast(), group * d * 4),
-            (row[k..].as_ptr().cast(), d * 4),
-            (row[v..].as_ptr().cast(), d * 4),
-        ] {
-            dispatch(s.isa, Ask { at, n: n.min(ASKED) });
+        let (q, kv) = row.split_at(self.q_heads * d);
+        ask(
+            s.isa,
+            q[item.kv_head * group * d..].as_ptr().cast(),
+            group * d * 4,
+        );
+        for head in [item.kv_head, self.kv_heads + item.kv_head] {
+            ask(s.isa, kv[head * d..].as_ptr().cast(), d * 4);
         }
     }
 

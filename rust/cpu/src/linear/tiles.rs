@@ -21,7 +21,7 @@ const LONG: usize = 8;
 /// Bytes of int8 activations of a tile and slab at most, so that they stay in L1 for all panels of a group.
 const FIRST_CACHE: usize = 32 << 10;
 /// Panels of a group when there are many tiles.
-pub(super) const GROUP: usize = 8;
+const GROUP: usize = 4;
 /// Code vectors of a chunk.
 const VECTORS: usize = CHUNK / 4;
 

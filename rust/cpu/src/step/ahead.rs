@@ -1,17 +1,17 @@
 //! What a thread will read next: while it waits at a barrier it asks for the first lines of its share of the next matrix, so
 //! that memory is busy between matrices too.
 
-use kbit_simd::{Isa, Simd, SimdOp, dispatch};
+use kbit_simd::Isa;
 
 use super::Pass;
+use crate::ask::ask;
 use crate::plan::Work;
 use crate::pool::Team;
 
 /// Bytes asked for at most: a part of the second cache, and more than memory gives while threads wait.
 const MOST: usize = 128 << 10;
-/// Lines asked for before the barrier is looked at again.
-const LINES: usize = 4;
-const LINE: usize = 64;
+/// Bytes asked for before the barrier is looked at again.
+const STEP: usize = 256;
 
 /// The lines still to ask for.
 pub(super) struct Ahead<'a> {
@@ -57,20 +57,8 @@ impl<'a> Ahead<'a> {
         if self.bytes.is_empty() {
             return;
         }
-        let (now, later) = self.bytes.split_at(self.bytes.len().min(LINES * LINE));
+        let (now, later) = self.bytes.split_at(self.bytes.len().min(STEP));
         self.bytes = later;
-        dispatch(isa, Ask(now));
-    }
-}
-
-struct Ask<'a>(&'a [u8]);
-
-impl SimdOp for Ask<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        for line in self.0.chunks(LINE) {
-            s.prefetch_far(line.as_ptr());
-        }
+        ask(isa, now.as_ptr(), now.len());
     }
 }

@@ -263,9 +263,14 @@ def test_memory_that_was_not_allowed(directory):
 
 
 def test_cancelling(engine):
-    request = engine.submit(np.arange(50, dtype=np.uint32), max_new_tokens=70)
-    request.cancel()
-    assert len(finish(request)) < 70
+    # A thread that loses its processor in between finds a request done, but not always.
+    for _ in range(50):
+        request = engine.submit(np.arange(50, dtype=np.uint32), max_new_tokens=70)
+        request.cancel()
+        if len(finish(request)) < 70:
+            break
+    else:
+        pytest.fail("all 50 requests ran to their end")
     assert request.finish_reason == "cancelled"
     request.cancel()
     del request

@@ -71,7 +71,7 @@ pub(super) fn run<S: Simd>(
             for number in 0..slabs {
                 let first = number * slab;
                 let supers = first..layout.supers.min(first + slab);
-                // Where this group's first panel is in the slab to ask for.
+                // What is asked for: a later slab of the same panels, or of those that come `later` on.
                 let coming = number + ahead;
                 let (later, coming) = (coming / slabs * group, coming % slabs * slab);
                 let coming = source.stored(coming..coming + slab, decoder.bits);

@@ -364,6 +364,10 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                     }
                 }
                 input += block;
+                // The only one. Compilers that do not know so prepare its scales before the product, without registers for them.
+                if BLOCK == SUPER {
+                    break;
+                }
             }
             if BLOCK < SUPER {
                 let (panel, dots) = (panels[0], all.as_flattened());

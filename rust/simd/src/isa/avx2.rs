@@ -7,7 +7,9 @@
 #![allow(clippy::wildcard_imports, reason = "intrinsics")]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
+use crate::vector::multiply;
 use crate::{Book, Isa, LANES, Simd, SimdOp};
 
 /// AVX2, FMA and F16C; with `VNNI` also `vpdpbusd` on 256 bits.
@@ -505,6 +507,28 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn product<const P: usize, const M: usize>(
+        self,
+        weights: [*const u8; P],
+        acts: *const u8,
+        groups: Range<usize>,
+        dots: &mut [[Self::I32; M]; P],
+    ) {
+        // The products of one activation with both halves, then those of the other, each added at once: what compilers make of `dot`,
+        // where one sum is added, keeps the ports of the multiplications 2 % less busy (Zen 4).
+        let in_turn = |_, acc: V, w: [__m256i; 4], a: [__m256i; 2]| unsafe {
+            let even = both!(h => add(acc[h], _mm256_madd_epi16(w[2 * h], a[0])));
+            both!(h => add(even[h], _mm256_madd_epi16(w[2 * h + 1], a[1])))
+        };
+        unsafe {
+            if VNNI {
+                multiply(self, weights, acts, groups, dots, Self::dot);
+            } else {
+                multiply(self, weights, acts, groups, dots, in_turn);
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
@@ -512,6 +536,21 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     fn prefetch_far(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
+}
+
+/// `a + b`, in assembly, as compilers change the order of additions otherwise.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add(mut a: __m256i, b: __m256i) -> __m256i {
+    unsafe {
+        std::arch::asm!(
+            "vpaddd {a}, {a}, {b}",
+            a = inout(ymm_reg) a,
+            b = in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    a
 }
 
 /// 16 registers of 16 repeated entries.

@@ -75,6 +75,9 @@ pub(super) fn run<S: Simd>(
                 let coming = number + ahead;
                 let (later, coming) = (coming / slabs * group, coming % slabs * slab);
                 let coming = source.stored(coming..coming + slab, decoder.bits);
+                // Lines for every tile, and for each of its super-blocks.
+                let share = (coming.len() / 64).div_ceil(tiles);
+                let lines = share.div_ceil(supers.len());
                 let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
                 for panel in members.clone() {
                     let to = to.wrapping_add((panel - base) * panel_bytes);
@@ -91,8 +94,6 @@ pub(super) fn run<S: Simd>(
                     );
                 }
                 for index in 0..tiles {
-                    let lines = coming.len() / 64;
-                    let lines = lines * index / tiles..lines * (index + 1) / tiles;
                     let (first, tile) = (index * S::TILE, acts.tile(index));
                     for panel in members.clone().step_by(side_by_side) {
                         multiply(
@@ -109,8 +110,8 @@ pub(super) fn run<S: Simd>(
                                 panel_bytes,
                                 ahead: source
                                     .ahead(panel + later)
-                                    .wrapping_add(coming.start + lines.start * 64),
-                                lines: lines.len().div_ceil(supers.len()),
+                                    .wrapping_add(coming.start + share * index * 64),
+                                lines,
                                 out,
                             },
                         );

@@ -229,28 +229,34 @@ impl SimdOp for Append<'_> {
                             } else {
                                 s.store_bf16(v, &mut bits);
                             }
-                            for (i, bits) in bits[..n].iter().enumerate() {
-                                *to.cast::<u16>().add(first + i * step) = *bits;
-                            }
+                            scatter(&bits[..n], to, first, step);
                         }
                         CacheType::F32 => {
                             let mut values = [0f32; LANES];
                             s.store(v, &mut values);
-                            for (i, value) in values[..n].iter().enumerate() {
-                                *to.cast::<f32>().add(first + i * step) = *value;
-                            }
+                            scatter(&values[..n], to, first, step);
                         }
                         CacheType::I8 => {
                             let mut codes = [0i8; LANES];
                             s.store_i8(s.to_i32(s.mul(v, s.splat(scale.inverse))), &mut codes);
-                            for (i, code) in codes[..n].iter().enumerate() {
-                                *to.cast::<i8>().add(first + i * step) = *code;
-                            }
+                            scatter(&codes[..n], to, first, step);
                         }
                     }
                 }
             }
         }
+    }
+}
+
+/// Values to every `step`th place from place `first` on.
+///
+/// # Safety
+/// These places of `to` are writable and of this type.
+#[inline(always)]
+unsafe fn scatter<T: Copy>(values: &[T], to: *mut u8, first: usize, step: usize) {
+    for (i, &value) in values.iter().enumerate() {
+        // SAFETY: as the caller says.
+        unsafe { to.cast::<T>().add(first + i * step).write(value) }
     }
 }
 

@@ -4,11 +4,16 @@ use std::ops::Range;
 
 use super::{Attention, View};
 use crate::cache::PAGE;
+use crate::plan::FEW;
 
 /// Queries of an item of a prompt.
 const QUERIES: usize = 128;
 /// New tokens of a sequence up to which its context is split into chunks.
 const SPLIT: usize = 8;
+const _: () = assert!(
+    FEW <= SPLIT,
+    "plans of few tokens leave rotating to these items"
+);
 
 /// Whether the items of a sequence with so many new tokens are chunks of its context, which rotate and append on the fly. `whole`: never.
 pub(crate) fn is_split(tokens: usize, whole: bool) -> bool {

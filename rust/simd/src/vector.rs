@@ -241,6 +241,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Adds, per row, the exact dot product of its four weights and the four activations. Weights count as unsigned under
     /// [`Simd::BIAS`].
     fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32;
+    /// The same, arranged for many independent sums, as in [`Simd::product`].
+    #[inline(always)]
+    fn dot_of_tile(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32 {
+        self.dot(acc, w, a)
+    }
     /// Two neighbouring code vectors to memory, in the order [`Simd::product`] reads them.
     ///
     /// # Safety
@@ -277,7 +282,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         dots: &mut [[Self::I32; M]; P],
     ) {
         // SAFETY: as the caller says.
-        unsafe { multiply(self, weights, acts, groups, dots, Self::dot) }
+        unsafe { multiply(self, weights, acts, groups, dots) }
     }
     /// Asks for a cache line, into the first cache.
     fn prefetch(self, at: *const u8);
@@ -285,7 +290,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn prefetch_far(self, at: *const u8);
 }
 
-/// [`Simd::product`] by `dot`, which is [`Simd::dot`] or does the same, where activations lie by four.
+/// [`Simd::product`] by [`Simd::dot_of_tile`], where activations lie by four.
 ///
 /// # Safety
 /// As [`Simd::product`].
@@ -296,7 +301,6 @@ pub(crate) unsafe fn multiply<S: Simd, const P: usize, const M: usize>(
     acts: *const u8,
     groups: Range<usize>,
     dots: &mut [[S::I32; M]; P],
-    dot: impl Fn(S, S::I32, S::Weights, S::Acts) -> S::I32,
 ) {
     assert!(S::RUN == 4, "products of longer runs are overridden");
     let four = if S::PAIRS { 8 } else { 4 };
@@ -314,7 +318,7 @@ pub(crate) unsafe fn multiply<S: Simd, const P: usize, const M: usize>(
             // SAFETY: as the caller says.
             let a = unsafe { s.acts(acts.add(n * four)) };
             for p in 0..P {
-                dots[p][n] = dot(s, dots[p][n], w[p], a);
+                dots[p][n] = s.dot_of_tile(dots[p][n], w[p], a);
             }
         }
         acts = acts.wrapping_add(four * M);

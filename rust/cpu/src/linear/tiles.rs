@@ -75,9 +75,9 @@ pub(super) fn run<S: Simd>(
                 let coming = number + ahead;
                 let (later, coming) = (coming / slabs * group, coming % slabs * slab);
                 let coming = source.stored(coming..coming + slab, decoder.bits);
-                // Lines for every tile, and for each of its super-blocks.
-                let share = (coming.len() / 64).div_ceil(tiles);
-                let lines = share.div_ceil(supers.len());
+                // In lines, and how many of them every tile asks for.
+                let coming = coming.start / 64..coming.end / 64;
+                let share = coming.len().div_ceil(tiles);
                 let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
                 for panel in members.clone() {
                     let to = to.wrapping_add((panel - base) * panel_bytes);
@@ -95,6 +95,8 @@ pub(super) fn run<S: Simd>(
                 }
                 for index in 0..tiles {
                     let (first, tile) = (index * S::TILE, acts.tile(index));
+                    let asked = coming.end.min(coming.start + index * share);
+                    let lines = share.min(coming.end - asked).div_ceil(supers.len());
                     for panel in members.clone().step_by(side_by_side) {
                         multiply(
                             s,
@@ -108,9 +110,7 @@ pub(super) fn run<S: Simd>(
                                 supers: supers.clone(),
                                 weights: to.wrapping_add((panel - base) * panel_bytes),
                                 panel_bytes,
-                                ahead: source
-                                    .ahead(panel + later)
-                                    .wrapping_add(coming.start + share * index * 64),
+                                ahead: source.ahead(panel + later).wrapping_add(asked * 64),
                                 lines,
                                 out,
                             },
@@ -360,15 +360,12 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
                         for p in 0..P {
                             settle_wide(s, layout, panels[p], tile, sup, &dots[p], &mut y[p]);
                         }
-                    } else {
-                        all[input % SUPER / block] = dots[0];
+                        // The only one. Compilers that do not know so prepare its scales before the product, without registers for them.
+                        break;
                     }
+                    all[input % SUPER / block] = dots[0];
                 }
                 input += block;
-                // The only one. Compilers that do not know so prepare its scales before the product, without registers for them.
-                if BLOCK == SUPER {
-                    break;
-                }
             }
             if BLOCK < SUPER {
                 let (panel, dots) = (panels[0], all.as_flattened());

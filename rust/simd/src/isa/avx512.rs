@@ -494,7 +494,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
             if const { LEVEL == AMX } {
                 amx::multiply(weights, acts, groups, dots);
             } else {
-                multiply(self, weights, acts, groups, dots, Self::dot);
+                multiply(self, weights, acts, groups, dots);
             }
         }
     }

@@ -269,6 +269,9 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
             // What a block needs takes long to make, so it is made a quarter before.
             let mut next = prepare(0, 0);
             let mut block = next;
+            // So are weights, one code vector before: decoding takes as long as the products of the vector before it.
+            // SAFETY: a chunk of the panel.
+            let mut w = unsafe { decode.vector::<0>(s, &block, at.add(layout.codes_at)) };
             for sup in 0..layout.supers {
                 // SAFETY: the tile was made for the inputs of the matrix.
                 let start = unsafe { start::<S, M>(s, tile, SUPER, sup) };
@@ -279,17 +282,24 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                     // SAFETY: panel and chunk are in the matrix and the tile.
                     unsafe {
                         let codes = at.add(layout.codes_at + chunk * D::BITS * 128);
+                        let after = if chunk + 1 < layout.chunks {
+                            codes.add(D::BITS * 128)
+                        } else {
+                            codes
+                        };
                         let acts = tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
                         vectors!(G => {
-                            if (G * 4).is_multiple_of(D::BLOCK) {
+                            if (G * 4 + 4).is_multiple_of(D::BLOCK) {
                                 block = next;
                             }
-                            let w = decode.vector::<{ G }>(s, &block, codes);
+                            let ahead = if G == 15 { after } else { codes };
+                            let following = decode.vector::<{ (G + 1) % 16 }>(s, &block, ahead);
                             let chain = &mut chains[G % CHAINS];
                             for n in 0..M {
                                 let a = activations(s, acts, G, n, M);
                                 chain[n] = s.dot(chain[n], w, a);
                             }
+                            w = following;
                             let end = G * 4 + 16;
                             if G.is_multiple_of(QUARTER) && end.is_multiple_of(D::BLOCK) {
                                 next = prepare(chunk + end / CHUNK, end % CHUNK / 16);

@@ -47,8 +47,10 @@ pub(crate) struct Ladder {
 /// One block of 16 rows.
 #[derive(Clone, Copy)]
 pub(crate) struct Rungs {
-    /// Ladder index above where the code goes (table), or the ladder value in 16-bit lanes (multiplication).
+    /// Ladder index above where the code goes (table), or twice the ladder value in even bytes (multiplication).
     v: __m512i,
+    /// The same in odd bytes.
+    odd: __m512i,
     /// Which bytes look into the upper half of a table of 256.
     half: Half,
 }
@@ -382,8 +384,9 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         } else {
             table(LEVEL >= VBMI, &book.values, 0)
         };
-        let ladder =
-            unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(book.ladder.as_ptr().cast())) };
+        // 255 is as good as 256: (255 v + 128) >> 8 is v for all entries, which are -127..=127.
+        let twice = book.ladder.map(|l| (2 * u16::from(l)).min(255) as u8);
+        let ladder = unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(twice.as_ptr().cast())) };
         Ladder { table, ladder }
     }
     #[inline(always)]
@@ -408,18 +411,17 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                     self.shl(s, BITS as u32)
                 };
                 let half = if BITS == 4 { half(v) } else { Half::NONE };
-                return Rungs { v, half };
+                return Rungs { v, odd: v, half };
             }
             let nibble = _mm512_and_si512(
                 if high { _mm512_srli_epi16::<4>(s) } else { s },
                 _mm512_set1_epi8(15),
             );
-            let v = _mm512_and_si512(
-                _mm512_shuffle_epi8(ladder.ladder, nibble),
-                _mm512_set1_epi16(255),
-            );
+            let twice = _mm512_shuffle_epi8(ladder.ladder, nibble);
+            let v = _mm512_and_si512(twice, _mm512_set1_epi16(255));
             Rungs {
                 v,
+                odd: _mm512_xor_si512(twice, v),
                 half: Half::NONE,
             }
         }
@@ -441,17 +443,17 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                     _ => lookup_256(t, index, rungs.half),
                 };
             }
-            // vpmulhrsw of (value << 8) and the ladder value is the definition, for even and odd bytes apart.
+            // Twice the product with its rounding has the weight in its upper byte; the lower one is dropped.
             let value = self.lookup::<BITS>(&ladder.table, code);
-            let even = _mm512_mulhrs_epi16(_mm512_slli_epi16::<8>(value), rungs.v);
-            let odd =
-                _mm512_mulhrs_epi16(_mm512_and_si512(value, _mm512_set1_epi16(-256)), rungs.v);
-            let w8 = _mm512_ternarylogic_epi32::<0xca>(
-                _mm512_set1_epi16(255),
-                even,
-                _mm512_slli_epi16::<8>(odd),
-            );
-            _mm512_xor_si512(w8, _mm512_set1_epi8(-128))
+            let bias = _mm512_set1_epi16(0x8080u16 as i16);
+            let even = _mm512_add_epi16(_mm512_maddubs_epi16(rungs.v, value), bias);
+            let odd = _mm512_add_epi16(_mm512_maddubs_epi16(rungs.odd, value), bias);
+            let low = _mm512_set1_epi16(255);
+            now(_mm512_ternarylogic_epi32::<0xca>(
+                low,
+                _mm512_srli_epi16::<8>(even),
+                odd,
+            ))
         }
     }
     #[inline(always)]
@@ -538,6 +540,16 @@ fn half(index: __m512i) -> Half {
         );
     }
     Half { lower, upper }
+}
+
+/// The same weights, in assembly for the same reason: products wait for weights that are decoded just before them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn now(mut w: __m512i) -> __m512i {
+    unsafe {
+        std::arch::asm!("/* {w} */", w = inout(zmm_reg) w, options(nomem, nostack, preserves_flags));
+    }
+    w
 }
 
 /// Four registers of 64 entries with VBMI, 16 of 16 repeated entries without.

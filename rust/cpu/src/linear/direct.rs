@@ -259,8 +259,13 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
         let mut near = Near::new();
         for panel in job.panels {
             let at = job.source.at(panel);
-            // SAFETY: a panel of the matrix.
-            let scales = unsafe { near.scales(layout, at) };
+            // Products of 8 tokens take longer than reading, and the copy a fiftieth of them.
+            let scales = if M >= 8 {
+                at
+            } else {
+                // SAFETY: a panel of the matrix.
+                unsafe { near.scales(layout, at) }
+            };
             let mut y = [s.splat(0.0); M];
             // SAFETY: a chunk of the panel.
             let prepare = |chunk: usize, quarter| unsafe {

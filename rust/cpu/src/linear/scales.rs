@@ -205,129 +205,133 @@ impl Scale {
     }
 }
 
-/// Results and running sums of `M` tokens in registers: what [`Settle`] does, block by block inside a kernel for many tokens.
-pub(super) struct Running<S: Simd, const M: usize> {
-    pub y: [S::F32; M],
-    isum: [S::I32; M],
-}
-
-impl<S: Simd, const M: usize> Running<S, M> {
+/// What [`Settle`] does, block by block inside a kernel for many tokens. Results and sums are the caller's variables: as fields of something they
+/// would be stored with every block.
+impl Scale {
+    /// Weighs the dot products of one block as integers, where it [`has_subs`](Scale::has_subs).
+    ///
+    /// # Safety
+    /// As [`Scale::sub`].
     #[inline(always)]
-    pub(super) fn new(s: S, y: [S::F32; M]) -> Self {
-        let isum = [s.splat_i32(0); M];
-        Self { y, isum }
+    pub(super) unsafe fn weigh<S: Simd, const M: usize>(
+        &self,
+        s: S,
+        layout: &KLayout,
+        panel: *const u8,
+        block: usize,
+        dots: &[S::I32; M],
+        weighed: &mut [S::I32; M],
+    ) {
+        // SAFETY: as the caller says.
+        let sub = unsafe { self.sub(s, layout, panel, block) };
+        for n in 0..M {
+            weighed[n] = s.add_i32(weighed[n], s.mul_i32(sub, dots[n]));
+        }
     }
 
-    /// Takes the dot products of one block of super-block `sup`; `SUBS` is [`Scale::has_subs`].
+    /// Takes the dot products of one block under a float into the results.
     ///
     /// # Safety
     /// `panel` is one of `layout`, `block` one of its blocks, `tile` one of `M` tokens.
     #[inline(always)]
-    pub(super) unsafe fn block<const SUBS: bool>(
-        &mut self,
+    pub(super) unsafe fn add<S: Simd, const M: usize>(
+        &self,
         s: S,
-        scale: &Scale,
         layout: &KLayout,
         panel: *const u8,
         tile: &Tile,
         block: usize,
         dots: &[S::I32; M],
+        y: &mut [S::F32; M],
     ) {
+        let Kind::Float {
+            scale: kind,
+            offset,
+        } = self.kind
+        else {
+            return;
+        };
         // SAFETY: sections are indexed as `KLayout` lays them out, the tile as `acts.rs` does.
         unsafe {
-            if SUBS {
-                let sub = scale.sub(s, layout, panel, block);
-                for n in 0..M {
-                    self.isum[n] = s.add_i32(self.isum[n], s.mul_i32(sub, dots[n]));
-                }
-                return;
-            }
-            let Kind::Float {
-                scale: kind,
-                offset,
-            } = scale.kind
-            else {
-                return;
-            };
             let factor = Scale::float(s, kind, panel, layout.fine_at, block);
-            let sa = tile.scales.add(block * scale.block / SUPER * M);
+            let sa = tile.scales.add(block * self.block / SUPER * M);
             let sums = tile
                 .sums
-                .wrapping_add(sum_index(tile, scale.block, block) * M);
+                .wrapping_add(sum_index(tile, self.block, block) * M);
             match offset {
                 Offset::None => {
                     for n in 0..M {
                         let factor = s.mul(factor, s.splat(*sa.add(n)));
-                        self.y[n] = s.fma(s.to_f32(dots[n]), factor, self.y[n]);
+                        y[n] = s.fma(s.to_f32(dots[n]), factor, y[n]);
                     }
                 }
                 Offset::Zero => {
-                    let zero = scale.zero(s, layout, panel, block);
+                    let zero = self.zero(s, layout, panel, block);
                     for n in 0..M {
                         let shift = s.mul_i32(zero, s.splat_i32(*sums.add(n)));
                         let factor = s.mul(factor, s.splat(*sa.add(n)));
                         let dot = s.to_f32(s.sub_i32(dots[n], shift));
-                        self.y[n] = s.fma(dot, factor, self.y[n]);
+                        y[n] = s.fma(dot, factor, y[n]);
                     }
                 }
                 Offset::Min => {
                     let least = Scale::float(s, kind, panel, layout.offset_at, block);
                     for n in 0..M {
                         let sa = s.splat(*sa.add(n));
-                        let sum = s.fma(s.to_f32(dots[n]), s.mul(factor, sa), self.y[n]);
+                        let sum = s.fma(s.to_f32(dots[n]), s.mul(factor, sa), y[n]);
                         let asum = s.splat(*sums.add(n) as f32);
-                        self.y[n] = s.fma(asum, s.mul(least, sa), sum);
+                        y[n] = s.fma(asum, s.mul(least, sa), sum);
                     }
                 }
             }
         }
     }
 
-    /// After the blocks of super-block `sup`.
+    /// Takes what was [`weighed`](Scale::weigh) of the blocks of super-block `sup` into the results.
     ///
     /// # Safety
-    /// As [`Running::block`].
+    /// As [`Scale::add`].
     #[inline(always)]
-    pub(super) unsafe fn settle(
-        &mut self,
+    pub(super) unsafe fn settle<S: Simd, const M: usize>(
+        &self,
         s: S,
-        scale: &Scale,
         layout: &KLayout,
         panel: *const u8,
         tile: &Tile,
         sup: usize,
+        weighed: &[S::I32; M],
+        y: &mut [S::F32; M],
     ) {
-        let Kind::Super { min, .. } = scale.kind else {
+        let Kind::Super { min, .. } = self.kind else {
             return;
         };
-        let per = SUPER / scale.block;
+        let per = SUPER / self.block;
         let blocks = sup * per..layout.blocks.min(sup * per + per);
-        // SAFETY: as in `block`.
+        // SAFETY: as the caller says.
         unsafe {
             let wide = panel.add(sup * layout.wide_bytes);
             let d = s.load_f16(sixteen(wide));
             let sa = tile.scales.add(sup * M);
             for n in 0..M {
                 let d = s.mul(d, s.splat(*sa.add(n)));
-                self.y[n] = s.fma(s.to_f32(self.isum[n]), d, self.y[n]);
-                self.isum[n] = s.splat_i32(0);
+                y[n] = s.fma(s.to_f32(weighed[n]), d, y[n]);
             }
             if min {
+                let mut least = [s.splat_i32(0); M];
                 for block in blocks {
-                    let least = scale.sub_min(s, layout, panel, block);
+                    let minima = self.sub_min(s, layout, panel, block);
                     let sums = tile
                         .sums
-                        .wrapping_add(sum_index(tile, scale.block, block) * M);
+                        .wrapping_add(sum_index(tile, self.block, block) * M);
                     for n in 0..M {
                         let asum = s.splat_i32(*sums.add(n));
-                        self.isum[n] = s.add_i32(self.isum[n], s.mul_i32(least, asum));
+                        least[n] = s.add_i32(least[n], s.mul_i32(minima, asum));
                     }
                 }
                 let dmin = s.load_f16(sixteen(wide.add(32)));
                 for n in 0..M {
                     let dmin = s.neg(s.mul(dmin, s.splat(*sa.add(n))));
-                    self.y[n] = s.fma(s.to_f32(self.isum[n]), dmin, self.y[n]);
-                    self.isum[n] = s.splat_i32(0);
+                    y[n] = s.fma(s.to_f32(least[n]), dmin, y[n]);
                 }
             }
         }

@@ -3,6 +3,7 @@
 //! one tile the slab is small enough for L1.
 
 use std::cell::RefCell;
+use std::hint::black_box;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
 use super::codes::{Decode, Decoder, Panels, with_decode};
-use super::scales::{BLOCKS, Running, Scale, Settle, settle_wide, start};
+use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
 use crate::acts::{Acts, Tile};
 
 /// Super-blocks of a slab when there is one tile: 8 KiB of int8 a panel.
@@ -413,10 +414,10 @@ impl<S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
             }
         }
         let mut weights = job.weights;
-        let mut running = Running::new(s, y);
         for sup in job.supers.clone() {
             job.ask::<S, 1>(s, sup);
             let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
+            let mut weighed = [s.splat_i32(0); M];
             for input in (sup * SUPER..end).step_by(block) {
                 let groups = input / 4..(input + block).min(end) / 4;
                 // SAFETY: the decoded part and the tile hold this block, the panel its scales.
@@ -425,17 +426,24 @@ impl<S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
                     s.product([weights], tile.data, groups.clone(), &mut dots);
                     weights = weights.add(groups.len() * S::WEIGHT_BYTES);
                     let index = input / block;
-                    running.block::<SUBS>(s, scale, layout, panel, tile, index, &dots[0]);
+                    let dots = &dots[0];
+                    if SUBS {
+                        scale.weigh(s, layout, panel, index, dots, &mut weighed);
+                    } else {
+                        scale.add(s, layout, panel, tile, index, dots, &mut y);
+                        // Left in memory: kept in registers they are moved about between blocks (Q4_0 a twentieth slower).
+                        black_box(&mut y);
+                    }
                 }
             }
-            // SAFETY: as above.
-            unsafe { running.settle(s, scale, layout, panel, tile, sup) }
+            if SUBS {
+                // SAFETY: as above.
+                unsafe { scale.settle(s, layout, panel, tile, sup, &weighed, &mut y) }
+            }
         }
         for n in 0..tile.tokens.min(M) {
             // SAFETY: `Matrix::run` has this part of the output to itself.
-            s.store_part(running.y[n], unsafe {
-                job.out.part(job.first + n, job.panel)
-            });
+            s.store_part(y[n], unsafe { job.out.part(job.first + n, job.panel) });
         }
     }
 }

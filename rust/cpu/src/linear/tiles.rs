@@ -393,7 +393,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
     }
 }
 
-/// A full tile of tokens under scales of blocks: results and sums stay in registers.
+/// A full tile of tokens under scales of blocks: sums of a block stay in registers, and with integer scales those of a super-block.
 struct Full<'a, S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool>(S, Job<'a>);
 
 impl<S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp

@@ -205,8 +205,8 @@ impl Scale {
     }
 }
 
-/// What [`Settle`] does, block by block inside a kernel for many tokens. Results and sums are the caller's variables: as fields of something they
-/// would be stored with every block.
+/// What [`Settle`] does, block by block inside a kernel for many tokens. Sums and results are variables of the kernel, which says what of them stays in
+/// registers: as fields of something all would be stored with every block.
 impl Scale {
     /// Weighs the dot products of one block as integers, where it [`has_subs`](Scale::has_subs).
     ///

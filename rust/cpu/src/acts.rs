@@ -104,6 +104,8 @@ pub struct Acts {
     scales: Room,
     sums: Room,
     starts: Room,
+    /// Of these rooms.
+    tiles: Vec<Tile>,
 }
 
 /// Memory that threads fill in parts: `at` is taken once from the exclusive owner.
@@ -127,7 +129,7 @@ unsafe impl Send for Room {}
 unsafe impl Sync for Room {}
 
 /// One tile, as kernels read it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
     pub data: *mut u8,
     pub scales: *mut f32,
@@ -140,6 +142,11 @@ pub(crate) struct Tile {
     /// Sums a super-block and token: 1 or 31.
     pub per_super: usize,
 }
+
+// SAFETY: as `Room`.
+unsafe impl Send for Tile {}
+// SAFETY: as `Room`.
+unsafe impl Sync for Tile {}
 
 impl Acts {
     /// Room for nothing yet.
@@ -167,6 +174,7 @@ impl Acts {
             scales: none()?,
             sums: none()?,
             starts: none()?,
+            tiles: Vec::new(),
         })
     }
 
@@ -207,6 +215,20 @@ impl Acts {
             grow(&mut self.sums, sums)?;
             grow(&mut self.starts, sums)?;
         }
+        self.tiles.clear();
+        for first in (0..tokens).step_by(self.shape.tile) {
+            let tokens = self.shape.tile.min(tokens - first);
+            let at = |room: &Room, per_token: usize| room.at.wrapping_add(first * per_token);
+            self.tiles.push(Tile {
+                data: at(&self.data, data),
+                scales: at(&self.scales, scales).cast(),
+                sums: at(&self.sums, sums).cast(),
+                starts: at(&self.starts, sums).cast(),
+                tokens,
+                padded: self.shape.padded(tokens),
+                per_super: self.per_super(),
+            });
+        }
         Ok(())
     }
 
@@ -227,7 +249,7 @@ impl Acts {
 
     /// Tiles to [`fill`](Self::fill), each a unit of work.
     pub fn tiles(&self) -> usize {
-        self.tokens.div_ceil(self.shape.tile)
+        self.tiles.len()
     }
 
     /// Converts the rows of `tiles`: row t starts at `x + t * stride`.
@@ -302,19 +324,8 @@ impl Acts {
         }
     }
 
-    pub(crate) fn tile(&self, tile: usize) -> Tile {
-        let first = tile * self.shape.tile;
-        let tokens = self.shape.tile.min(self.tokens - first);
-        let at = |room: &Room, per_token: usize| room.at.wrapping_add(first * per_token);
-        Tile {
-            data: at(&self.data, self.data_bytes()),
-            scales: at(&self.scales, self.supers() * 4).cast(),
-            sums: at(&self.sums, self.supers() * self.per_super() * 4).cast(),
-            starts: at(&self.starts, self.supers() * self.per_super() * 4).cast(),
-            tokens,
-            padded: self.shape.padded(tokens),
-            per_super: self.per_super(),
-        }
+    pub(crate) fn tile(&self, tile: usize) -> &Tile {
+        &self.tiles[tile]
     }
 }
 
@@ -372,8 +383,8 @@ impl SimdOp for Fill<'_> {
                 // SAFETY: the tile has room for `padded` tokens; the caller of `fill` gives the piece to this thread alone.
                 unsafe {
                     match a.input.form {
-                        Form::F32 => store_f32(&tile, token, sup, block, n),
-                        Form::Int8 { .. } => quantise(s, a, &tile, token, sup, block),
+                        Form::F32 => store_f32(tile, token, sup, block, n),
+                        Form::Int8 { .. } => quantise(s, a, tile, token, sup, block),
                     }
                 }
             }

@@ -356,6 +356,40 @@ fn every_batch_gives_the_bits_of_one_token() {
     }
 }
 
+/// More tokens than have room for their results at a time (`RESULTS` in `tiles.rs`), which are done one lot after the other.
+#[test]
+fn many_tokens_give_the_bits_of_a_few() {
+    let mut random = Random::new(3);
+    let (rows, inputs, tokens) = (53, 320, 2111);
+    let scales = [
+        Scales::Ladder {
+            block: 32,
+            ladder: random.ladder(),
+        },
+        Scales::Block {
+            block: 32,
+            scale: ScaleType::F16,
+            offset: Offset::Zero,
+        },
+    ];
+    for scales in scales {
+        let codebook = random_codebook(&mut random, 4, &scales, true);
+        let k = random_matrix(&mut random, 4, rows, inputs, codebook, &scales, false);
+        let matrix = Matrix::prepare(&Weight::Quantised(k), Activations::Int8).expect("a matrix");
+        let x: Vec<f32> = (0..tokens)
+            .flat_map(|_| random_row(&mut random, inputs))
+            .collect();
+        for isa in instruction_sets() {
+            let few: Vec<f32> = x
+                .chunks(40 * inputs)
+                .flat_map(|some| matrix.multiply(isa, some).expect("memory"))
+                .collect();
+            let all = matrix.multiply(isa, &x).expect("memory");
+            assert!(bits(&all) == bits(&few), "{isa}, {scales:?}");
+        }
+    }
+}
+
 #[test]
 fn special_activations() {
     let mut random = Random::new(3);

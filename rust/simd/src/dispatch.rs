@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use crate::Simd;
 #[cfg(target_arch = "aarch64")]
@@ -191,6 +192,24 @@ fn is_amd() -> bool {
 #[cfg(not(target_arch = "x86_64"))]
 fn is_amd() -> bool {
     false
+}
+
+/// Whether this processor has `isa`, asked of `detect` once a process: every operation wants to know.
+#[inline]
+pub(crate) fn detected(isa: Isa, detect: impl FnOnce() -> bool) -> bool {
+    const NO: u8 = 1;
+    const YES: u8 = 2;
+    static ANSWERS: [AtomicU8; Isa::ALL.len()] = [const { AtomicU8::new(0) }; Isa::ALL.len()];
+    let answer = &ANSWERS[isa as usize];
+    match answer.load(Relaxed) {
+        YES => true,
+        NO => false,
+        _ => {
+            let has = detect();
+            answer.store(if has { YES } else { NO }, Relaxed);
+            has
+        }
+    }
 }
 
 /// An algorithm for any instruction set. `eval` should be `#[inline(always)]`, and so should every function below it that

@@ -99,7 +99,7 @@ pub(super) fn run<S: Simd>(s: S, source: &Source<'_>, acts: &Acts, panels: Range
         return s.run(One {
             s,
             dense,
-            tile: acts.tile(0),
+            tile: *acts.tile(0),
             panels,
             out,
         });
@@ -119,7 +119,7 @@ pub(super) fn run<S: Simd>(s: S, source: &Source<'_>, acts: &Acts, panels: Range
             for index in 0..acts.tiles() {
                 let job = Job {
                     weights: scratch,
-                    tile: acts.tile(index),
+                    tile: *acts.tile(index),
                     first: index * S::TILE,
                     panel,
                     inputs,

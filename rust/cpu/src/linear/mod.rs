@@ -11,7 +11,7 @@
 //! | `codes.rs` | a code vector of 16 rows x 4 inputs out of bit planes, as int8 weights |
 //! | `scales.rs` | from exact int32 sums to f32: one function for every scale kind and kernel |
 //! | `direct.rs` | one token or a few: decode in registers, read every weight once |
-//! | `tiles.rs` | more tokens: decode a slab of some panels into cache, multiply it with every tile of tokens |
+//! | `tiles.rs` | more tokens: decode some super-blocks into the first cache, multiply them with every tile of tokens |
 //! | `float.rs` | dense weights, f32 codebooks and f32 activations |
 //! | `trace.rs` | which kernels ran |
 
@@ -291,7 +291,7 @@ impl SimdOp for Codes<'_> {
         } = self;
         if const { S::DIRECT > 0 } && acts.tokens() <= S::DIRECT {
             let (tile, panels) = (acts.tile(0), panels.clone());
-            if direct::run(s, &source, decoder, scale, &tile, panels, out) {
+            if direct::run(s, &source, decoder, scale, tile, panels, out) {
                 return;
             }
         }

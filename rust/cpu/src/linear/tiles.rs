@@ -1,6 +1,6 @@
-//! Several tokens: a slab of some panels is decoded into memory that stays in cache and multiplied with every tile of
-//! tokens. With many tiles the slabs of a group of panels lie in L2, and a tile's activations in L1 serve all of them; with
-//! one tile the slab is small enough for L1.
+//! Several tokens: each super-block of one or two panels is decoded into the first cache and multiplied with every tile of tokens before the
+//! next one is. So weights are read from there whatever the number of tokens; the results of a tile rest in the second cache meanwhile, and its activations of
+//! the super-block come from there, both a small part of what the products take.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -15,18 +15,16 @@ use super::codes::{Decode, Decoder, Panels, with_decode};
 use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
 use crate::acts::{Acts, Tile};
 
-/// Super-blocks of a slab when there is one tile: 8 KiB of int8 a panel.
-const SHORT: usize = 2;
-/// Super-blocks of a slab when there are many: 32 KiB of int8 a panel.
-const LONG: usize = 8;
-/// Bytes of int8 activations of a tile and slab at most, so that they stay in L1 for all panels of a group.
-const FIRST_CACHE: usize = 32 << 10;
-/// Panels of a group when there are many tiles.
-const GROUP: usize = 4;
+/// Bytes of results of some panels at most; more tokens than have room there are done one after the other.
+const RESULTS: usize = 128 << 10;
+/// Bytes of weights decoded at a time: a part of the first cache.
+const STAGE: usize = 16 << 10;
+/// Super-blocks between asking for codes and decoding them, at least those of a stage.
+const AHEAD: usize = 4;
 /// Code vectors of a chunk.
 const VECTORS: usize = CHUNK / 4;
 
-/// 64-byte lines.
+/// 64-byte lines: vectors.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Line(#[allow(dead_code, reason = "memory for kernels")] [u8; 64]);
@@ -46,118 +44,398 @@ pub(super) fn run<S: Simd>(
     panels: Range<usize>,
     out: Out,
 ) {
-    let layout = source.layout;
-    let side_by_side = if scale.wants_sums() || acts.tile(0).padded > S::TILE {
-        1
-    } else {
-        S::PANELS
+    let job = Job {
+        source,
+        decoder,
+        scale,
+        acts,
+        panels,
+        out,
     };
-    let tiles = acts.tiles();
-    let (slab, group, ahead) = if tiles == 1 {
-        (SHORT, side_by_side, 2)
-    } else {
-        (LONG.min(FIRST_CACHE / (S::TILE * SUPER)), GROUP, 1)
-    };
-    let slabs = layout.supers.div_ceil(slab);
-    let panel_bytes = slab.min(layout.supers) * SUPER / CHUNK * VECTORS * S::WEIGHT_BYTES;
-    SCRATCH.with_borrow_mut(|scratch| {
-        let lines = (group * panel_bytes).div_ceil(64);
-        if scratch.len() < lines {
-            scratch.resize(lines, Line([0; 64]));
-        }
-        let to = scratch.as_mut_ptr().cast::<u8>();
-        s.begin_products();
-        for base in panels.clone().step_by(group) {
-            let members = base..panels.end.min(base + group);
-            for number in 0..slabs {
-                let first = number * slab;
-                let supers = first..layout.supers.min(first + slab);
-                // What is asked for: a later slab of the same panels, or of those that come `later` on.
-                let coming = number + ahead;
-                let (later, coming) = (coming / slabs * group, coming % slabs * slab);
-                let coming = source.stored(coming..coming + slab, decoder.bits);
-                // In lines, and how many of them every tile asks for.
-                let coming = coming.start / 64..coming.end / 64;
-                let share = coming.len().div_ceil(tiles);
-                let chunks = supers.start * 4..layout.chunks.min(supers.end * 4);
-                for panel in members.clone() {
-                    let to = to.wrapping_add((panel - base) * panel_bytes);
-                    let chunks = chunks.clone();
-                    dispatch(
-                        S::ISA,
-                        Slab {
-                            source,
-                            decoder,
-                            panel,
-                            chunks,
-                            to,
-                        },
-                    );
+    macro_rules! tiles {
+        ($m:literal) => {
+            match (scale.unrolled(), scale.has_subs()) {
+                (16, true) if const { S::RUN <= 16 } => s.run(Tiles::<S, 1, $m, 16, true>(s, job)),
+                (16, false) if const { S::RUN <= 16 } => {
+                    s.run(Tiles::<S, 1, $m, 16, false>(s, job))
                 }
-                for index in 0..tiles {
-                    let (first, tile) = (index * S::TILE, acts.tile(index));
-                    let asked = coming.end.min(coming.start + index * share);
-                    let lines = share.min(coming.end - asked).div_ceil(supers.len());
-                    for panel in members.clone().step_by(side_by_side) {
-                        multiply(
-                            s,
-                            Job {
-                                source,
-                                scale,
-                                tile: &tile,
-                                first,
-                                panel,
-                                live: side_by_side.min(members.end - panel),
-                                supers: supers.clone(),
-                                weights: to.wrapping_add((panel - base) * panel_bytes),
-                                panel_bytes,
-                                ahead: source.ahead(panel + later).wrapping_add(asked * 64),
-                                lines,
-                                out,
-                            },
-                        );
+                (32, true) if const { S::RUN <= 32 } => s.run(Tiles::<S, 1, $m, 32, true>(s, job)),
+                (32, false) if const { S::RUN <= 32 } => {
+                    s.run(Tiles::<S, 1, $m, 32, false>(s, job))
+                }
+                (SUPER, _) if const { S::PANELS == 2 } => {
+                    s.run(Tiles::<S, 2, $m, SUPER, false>(s, job))
+                }
+                (SUPER, _) => s.run(Tiles::<S, 1, $m, SUPER, false>(s, job)),
+                (_, true) => s.run(Tiles::<S, 1, $m, 64, true>(s, job)),
+                (_, false) => s.run(Tiles::<S, 1, $m, 64, false>(s, job)),
+            }
+        };
+    }
+    s.begin_products();
+    match S::TILE {
+        4 if const { S::TILE == 4 } => tiles!(4),
+        6 if const { S::TILE == 6 } => tiles!(6),
+        12 if const { S::TILE == 12 } => tiles!(12),
+        32 if const { S::TILE == 32 } => tiles!(32),
+        n => unreachable!("tiles of {n} tokens"),
+    }
+    s.end_products();
+}
+
+/// What there is to do.
+struct Job<'a> {
+    source: &'a Panels<'a>,
+    decoder: &'a Decoder,
+    scale: &'a Scale,
+    acts: &'a Acts,
+    panels: Range<usize>,
+    out: Out,
+}
+
+/// `P` panels at a time by tiles of `M` tokens; scales by blocks of `BLOCK` inputs, with integers below them or not (`SUBS`).
+struct Tiles<'a, S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>(
+    S,
+    Job<'a>,
+);
+
+impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
+    for Tiles<'_, S, P, M, BLOCK, SUBS>
+{
+    type Output = ();
+    #[inline(always)]
+    fn eval<T: Simd>(self, _: T) {
+        let job = &self.1;
+        // Up to `Simd::DIRECT` tokens are one tile, which may be larger than others.
+        let places = P * M.max(job.acts.tile(0).padded);
+        let tiles = job.acts.tiles();
+        let unpack = dispatch(S::ISA, Find(job.decoder));
+        let band = tiles.min(RESULTS / 64 / places);
+        // Out of its place meanwhile: what a closure holds is not always compiled for the instruction set.
+        let mut scratch = SCRATCH.take();
+        if scratch.len() < STAGE / 64 + band * places {
+            scratch.resize(STAGE / 64 + band * places, Line([0; 64]));
+        }
+        let (weights, results) = scratch.split_at_mut(STAGE / 64);
+        let (weights, results) = (weights.as_mut_ptr().cast(), results.as_mut_ptr().cast());
+        for first in (0..tiles).step_by(band) {
+            let tiles = first..tiles.min(first + band);
+            for base in job.panels.clone().step_by(P) {
+                self.panels(base, tiles.clone(), unpack, weights, results, places);
+            }
+        }
+        SCRATCH.set(scratch);
+    }
+}
+
+impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>
+    Tiles<'_, S, P, M, BLOCK, SUBS>
+{
+    /// Panels from `base` on by some tiles of tokens. Decoded weights go to `stage`, results to `results`, `places` a tile.
+    #[inline(always)]
+    fn panels(
+        &self,
+        base: usize,
+        tiles: Range<usize>,
+        unpack: Unpacker,
+        stage: *mut u8,
+        results: *mut S::F32,
+        places: usize,
+    ) {
+        let Self(s, job) = self;
+        let (s, layout) = (*s, job.source.layout);
+        // At an odd end a panel is its own partner.
+        let live = P.min(job.panels.end - base);
+        let side = |p: usize| p.min(live - 1);
+        let panels: [_; P] = std::array::from_fn(|p| job.source.at(base + side(p)));
+        let weights: [_; P] = std::array::from_fn(|p| stage.wrapping_add(side(p) * STAGE / P));
+        // Super-blocks of a stage.
+        let together = const { STAGE / P / (SUPER / 4 * S::WEIGHT_BYTES) };
+        let stages = layout.supers.div_ceil(together);
+        for n in 0..tiles.len() * places {
+            // SAFETY: there are so many.
+            unsafe { results.add(n).write(s.splat(0.0)) }
+        }
+        for number in 0..stages {
+            let first = number * together;
+            let end = layout.supers.min(first + together);
+            let chunks = first * 4..layout.chunks.min(end * 4);
+            for p in 0..live {
+                // SAFETY: a panel of the matrix; the stage has room for so much.
+                unsafe { unpack(job.decoder, layout, panels[p], chunks.clone(), weights[p]) }
+            }
+            let coming = number + AHEAD / together;
+            let (later, coming) = (coming / stages * P, coming % stages * together);
+            let coming = job
+                .source
+                .stored(coming..coming + together, job.decoder.bits);
+            let ahead = job.source.ahead(base + later).wrapping_add(coming.start);
+            let lines = coming.len().div_ceil(64);
+            // So many with every tile and super-block.
+            let share = lines.div_ceil(tiles.len() * (end - first));
+            for (t, number) in tiles.clone().enumerate() {
+                let asked = t * share * (end - first);
+                let place = Place {
+                    s,
+                    scale: job.scale,
+                    layout,
+                    tile: job.acts.tile(number),
+                    supers: first..end,
+                    panels,
+                    weights,
+                    ahead: ahead.wrapping_add(asked * 64),
+                    lines: share.min(lines.saturating_sub(asked)),
+                };
+                // SAFETY: weights are those of these super-blocks; the tile has room for its results.
+                unsafe { self.multiply(&place, results.add(t * places)) }
+            }
+        }
+        for (t, number) in tiles.enumerate() {
+            let tile = job.acts.tile(number);
+            for p in 0..live {
+                for n in 0..tile.tokens {
+                    // SAFETY: `Matrix::run` has this part of the output to itself.
+                    unsafe {
+                        let y = results.add(t * places + p * tile.padded + n).read();
+                        s.store_part(y, job.out.part(number * M + n, base + p));
                     }
                 }
             }
         }
-        s.end_products();
-    });
+    }
+
+    /// Finds the kernel for the size of the tile: a whole one here, others apart.
+    ///
+    /// # Safety
+    /// As [`Place`] says; `y` is good for the results of the tile, \[panel\]\[token\].
+    #[inline(always)]
+    unsafe fn multiply(&self, place: &Place<'_, S, P>, y: *mut S::F32) {
+        let s = self.0;
+        // SAFETY: as the caller says.
+        unsafe {
+            if place.tile.padded == M {
+                if BLOCK == SUPER {
+                    place.wide(&mut *y.cast::<[[S::F32; M]; P]>());
+                } else {
+                    place.full::<M, BLOCK, SUBS>(&mut *y.cast());
+                }
+                return;
+            }
+            macro_rules! rest {
+                ($($n:literal)*) => {
+                    match place.tile.padded {
+                        $($n if const { exists::<S>($n) } => s.run(Rest::<S, P, $n, BLOCK>(place, y)),)*
+                        n => unreachable!("a tile of {n} tokens"),
+                    }
+                };
+            }
+            rest!(1 2 4 6 8 12 16);
+        }
+    }
 }
 
-/// Decodes chunks of a panel to `to`, which is 64-byte aligned and has room for 16 weight vectors a chunk. An operation of its own, as
-/// AMX decodes like AVX-512.
-struct Slab<'a> {
-    source: &'a Panels<'a>,
-    decoder: &'a Decoder,
-    panel: usize,
-    chunks: Range<usize>,
-    to: *mut u8,
+/// Whether the instruction set has tiles of `tokens` tokens: those of many, and the only one of a few.
+const fn exists<S: Simd>(tokens: usize) -> bool {
+    S::LEAST <= tokens && (tokens < S::TILE || tokens <= S::DIRECT && tokens.is_power_of_two())
 }
 
-impl SimdOp for Slab<'_> {
+/// A tile by some super-blocks of `P` panels.
+struct Place<'a, S: Simd, const P: usize> {
+    s: S,
+    scale: &'a Scale,
+    layout: &'a KLayout,
+    tile: &'a Tile,
+    supers: Range<usize>,
+    panels: [*const u8; P],
+    /// The super-blocks, decoded.
+    weights: [*mut u8; P],
+    /// What to ask for meanwhile, of the first panel (that of the other lies behind): so many lines a super-block.
+    ahead: *const u8,
+    lines: usize,
+}
+
+/// A tile of `N` tokens, fewer or more than usual, as a function of its own.
+struct Rest<'a, S: Simd, const P: usize, const N: usize, const BLOCK: usize>(
+    &'a Place<'a, S, P>,
+    *mut S::F32,
+);
+
+impl<S: Simd, const P: usize, const N: usize, const BLOCK: usize> SimdOp
+    for Rest<'_, S, P, N, BLOCK>
+{
     type Output = ();
     #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let Self {
-            source,
-            decoder,
-            panel,
-            chunks,
-            to,
-        } = self;
+    fn eval<T: Simd>(self, _: T) {
+        let Self(place, y) = self;
+        // SAFETY: as the maker says.
+        unsafe {
+            if BLOCK < SUPER {
+                place.blocks::<N, BLOCK>(&mut *y.cast());
+            } else if N <= S::TILE {
+                place.wide(&mut *y.cast::<[[S::F32; N]; P]>());
+            } else {
+                // Too many for sums of panels side by side.
+                for p in 0..P {
+                    place.one(p).wide(&mut *y.cast::<[[S::F32; N]; 1]>().add(p));
+                }
+            }
+        }
+    }
+}
+
+impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
+    /// One of its panels.
+    fn one(&self, panel: usize) -> Place<'a, S, 1> {
+        Place {
+            s: self.s,
+            scale: self.scale,
+            layout: self.layout,
+            tile: self.tile,
+            supers: self.supers.clone(),
+            panels: [self.panels[panel]],
+            weights: [self.weights[panel]],
+            ahead: self.ahead.wrapping_add(panel * self.layout.panel_bytes),
+            lines: self.lines,
+        }
+    }
+
+    /// Asks for what comes later, at an even pace: with super-block `sup`.
+    #[inline(always)]
+    fn ask(&self, sup: usize) {
+        let first = (sup - self.supers.start) * self.lines;
+        for line in first..first + self.lines {
+            for p in 0..P {
+                let at = p * self.layout.panel_bytes + line * 64;
+                self.s.prefetch_far(self.ahead.wrapping_add(at));
+            }
+        }
+    }
+
+    /// The inputs of a super-block.
+    #[inline(always)]
+    fn inputs(&self, sup: usize) -> Range<usize> {
+        sup * SUPER..(self.layout.chunks * CHUNK).min(sup * SUPER + SUPER)
+    }
+
+    /// One scale a super-block.
+    ///
+    /// # Safety
+    /// The tile is one of `N` tokens.
+    #[inline(always)]
+    unsafe fn wide<const N: usize>(&self, y: &mut [[S::F32; N]; P]) {
+        let (s, layout, tile) = (self.s, self.layout, self.tile);
+        let mut weights = self.weights.map(<*mut u8>::cast_const);
+        for sup in self.supers.clone() {
+            self.ask(sup);
+            let inputs = self.inputs(sup);
+            let groups = inputs.start / 4..inputs.end / 4;
+            // SAFETY: the decoded part and the tile hold the super-block, the panels its scales.
+            unsafe {
+                let mut dots = [start::<S, N>(s, tile, SUPER, sup); P];
+                s.product(weights, tile.data, groups.clone(), &mut dots);
+                for p in 0..P {
+                    weights[p] = weights[p].add(groups.len() * S::WEIGHT_BYTES);
+                    settle_wide(s, layout, self.panels[p], tile, sup, &dots[p], &mut y[p]);
+                }
+            }
+        }
+    }
+
+    /// One scale a block, in a whole tile: sums of a block stay in registers, and with integer scales those of the super-block.
+    ///
+    /// # Safety
+    /// The tile is one of `N` tokens.
+    #[inline(always)]
+    unsafe fn full<const N: usize, const BLOCK: usize, const SUBS: bool>(
+        &self,
+        y: &mut [S::F32; N],
+    ) {
+        let (s, scale, layout, tile) = (self.s, self.scale, self.layout, self.tile);
+        let (panel, mut weights) = (self.panels[0], self.weights[0].cast_const());
+        let block = if BLOCK < 64 { BLOCK } else { scale.block };
+        for sup in self.supers.clone() {
+            self.ask(sup);
+            let inputs = self.inputs(sup);
+            let mut weighed = [s.splat_i32(0); N];
+            for input in inputs.clone().step_by(block) {
+                let groups = input / 4..(input + block).min(inputs.end) / 4;
+                // SAFETY: the decoded part and the tile hold this block, the panel its scales.
+                unsafe {
+                    let index = input / block;
+                    let mut dots = [start::<S, N>(s, tile, block, index)];
+                    s.product([weights], tile.data, groups.clone(), &mut dots);
+                    weights = weights.add(groups.len() * S::WEIGHT_BYTES);
+                    let dots = &dots[0];
+                    if SUBS {
+                        scale.weigh(s, layout, panel, index, dots, &mut weighed);
+                    } else {
+                        scale.add(s, layout, panel, tile, index, dots, y);
+                        // Left in memory: kept in registers they are moved about between blocks (Q4_0 a twentieth slower).
+                        black_box(&mut *y);
+                    }
+                }
+            }
+            if SUBS {
+                // SAFETY: as above.
+                unsafe { scale.settle(s, layout, panel, tile, sup, &weighed, y) }
+            }
+        }
+    }
+
+    /// One scale a block.
+    ///
+    /// # Safety
+    /// The tile is one of `N` tokens.
+    #[inline(always)]
+    unsafe fn blocks<const N: usize, const BLOCK: usize>(&self, y: &mut [S::F32; N]) {
+        let (s, scale, layout, tile) = (self.s, self.scale, self.layout, self.tile);
+        let (panel, mut weights) = (self.panels[0], self.weights[0].cast_const());
+        let block = if BLOCK < 64 { BLOCK } else { scale.block };
+        let mut all = [[s.splat_i32(0); N]; BLOCKS];
+        for sup in self.supers.clone() {
+            self.ask(sup);
+            let inputs = self.inputs(sup);
+            for input in inputs.clone().step_by(block) {
+                let groups = input / 4..(input + block).min(inputs.end) / 4;
+                // SAFETY: the decoded part and the tile hold this block.
+                unsafe {
+                    let mut dots = [start::<S, N>(s, tile, block, input / block)];
+                    s.product([weights], tile.data, groups.clone(), &mut dots);
+                    weights = weights.add(groups.len() * S::WEIGHT_BYTES);
+                    all[input % SUPER / block] = dots[0];
+                }
+            }
+            let (dots, y) = (all.as_flattened(), &mut *y);
+            s.run(Settle {
+                s,
+                scale,
+                layout,
+                panel,
+                tile,
+                sup,
+                dots,
+                y,
+            });
+        }
+    }
+}
+
+/// Decodes some chunks of a panel: to an address that is 64-byte aligned and has room for 16 weight vectors a chunk.
+type Unpacker = unsafe fn(&Decoder, &KLayout, *const u8, Range<usize>, *mut u8);
+
+/// Finds the function that decodes a matrix. An operation of its own, as AMX decodes like AVX-512.
+struct Find<'a>(&'a Decoder);
+
+impl SimdOp for Find<'_> {
+    type Output = Unpacker;
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) -> Unpacker {
+        let decoder = self.0;
         macro_rules! bits {
             ($bits:tt) => {{
                 macro_rules! method {
                     ($D:ty) => {
-                        s.run(Unpack::<S, $D> {
-                            s,
-                            decoder,
-                            layout: source.layout,
-                            panel: source.at(panel),
-                            chunks,
-                            to,
-                            kind: PhantomData,
-                        })
+                        unpack::<S, $D>
                     };
                 }
                 with_decode!(S, decoder, $bits, method)
@@ -172,6 +450,30 @@ impl SimdOp for Slab<'_> {
             7 => bits!(7),
             _ => bits!(8),
         }
+    }
+}
+
+/// An [`Unpacker`].
+///
+/// # Safety
+/// The chunks are in the panel, which is one of `layout`; `to` as the type says.
+unsafe fn unpack<S: Simd, D: Decode<S>>(
+    decoder: &Decoder,
+    layout: &KLayout,
+    panel: *const u8,
+    chunks: Range<usize>,
+    to: *mut u8,
+) {
+    if let Some(s) = S::new() {
+        s.run(Unpack::<S, D> {
+            s,
+            decoder,
+            layout,
+            panel,
+            chunks,
+            to,
+            kind: PhantomData,
+        });
     }
 }
 
@@ -219,231 +521,6 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
                 quarter!(3);
                 to = to.add(VECTORS * S::WEIGHT_BYTES);
             }
-        }
-    }
-}
-
-/// One tile of tokens by decoded panels.
-struct Job<'a> {
-    source: &'a Panels<'a>,
-    scale: &'a Scale,
-    tile: &'a Tile,
-    /// First token of the tile.
-    first: usize,
-    /// First panel.
-    panel: usize,
-    /// Panels: one at an odd end, where it is its own partner.
-    live: usize,
-    supers: Range<usize>,
-    weights: *const u8,
-    /// From the weights of one panel to those of the next.
-    panel_bytes: usize,
-    /// What to ask for meanwhile, of the first panel (those of the others lie behind): so many lines a super-block.
-    ahead: *const u8,
-    lines: usize,
-    out: Out,
-}
-
-impl Job<'_> {
-    /// Asks for what comes later, at an even pace: with super-block `sup`.
-    #[inline(always)]
-    fn ask<S: Simd, const P: usize>(&self, s: S, sup: usize) {
-        let at = (sup - self.supers.start) * self.lines;
-        for p in 0..P {
-            let ahead = self.ahead.wrapping_add(p * self.source.layout.panel_bytes);
-            for line in at..at + self.lines {
-                s.prefetch_far(ahead.wrapping_add(line * 64));
-            }
-        }
-    }
-}
-
-/// Finds the kernel for the number of tokens and the scale kind.
-#[inline(always)]
-fn multiply<S: Simd>(s: S, job: Job<'_>) {
-    macro_rules! full {
-        ($m:literal) => {
-            match (job.scale.unrolled(), job.scale.has_subs()) {
-                (16, true) if const { S::RUN <= 16 } => s.run(Full::<S, $m, 16, true>(s, job)),
-                (16, false) if const { S::RUN <= 16 } => s.run(Full::<S, $m, 16, false>(s, job)),
-                (32, true) if const { S::RUN <= 32 } => s.run(Full::<S, $m, 32, true>(s, job)),
-                (32, false) if const { S::RUN <= 32 } => s.run(Full::<S, $m, 32, false>(s, job)),
-                (_, true) => s.run(Full::<S, $m, 64, true>(s, job)),
-                (_, false) => s.run(Full::<S, $m, 64, false>(s, job)),
-            }
-        };
-    }
-    if job.scale.wants_sums() && job.tile.padded == S::TILE {
-        match S::TILE {
-            4 if const { S::TILE == 4 } => return full!(4),
-            12 if const { S::TILE == 12 } => return full!(12),
-            32 if const { S::TILE == 32 } => return full!(32),
-            _ => {}
-        }
-    }
-    macro_rules! tokens {
-        ($m:literal) => {
-            match job.scale.unrolled() {
-                16 if const { S::RUN <= 16 } => s.run(Product::<S, 1, $m, 16>(s, job)),
-                32 if const { S::RUN <= 32 } => s.run(Product::<S, 1, $m, 32>(s, job)),
-                64 => s.run(Product::<S, 1, $m, 64>(s, job)),
-                _ if const { S::PANELS == 2 && $m <= S::TILE } => {
-                    s.run(Product::<S, 2, $m, 256>(s, job))
-                }
-                _ => s.run(Product::<S, 1, $m, 256>(s, job)),
-            }
-        };
-    }
-    macro_rules! kernels {
-        ($($m:literal)*) => {
-            match job.tile.padded {
-                $($m if const { exists::<S>($m) } => tokens!($m),)*
-                n => unreachable!("a tile of {n} tokens"),
-            }
-        };
-    }
-    kernels!(1 2 4 6 8 12 16 32);
-}
-
-/// Whether the instruction set has tiles of `tokens` tokens: those of many, and the only one of a few.
-const fn exists<S: Simd>(tokens: usize) -> bool {
-    S::LEAST <= tokens && (tokens <= S::TILE || tokens <= S::DIRECT && tokens.is_power_of_two())
-}
-
-/// The register tile: `P` panels by `M` tokens.
-struct Product<'a, S: Simd, const P: usize, const M: usize, const BLOCK: usize>(S, Job<'a>);
-
-impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize> SimdOp
-    for Product<'_, S, P, M, BLOCK>
-{
-    type Output = ();
-    #[inline(always)]
-    fn eval<T: Simd>(self, _: T) {
-        let Self(s, job) = self;
-        let (scale, tile, layout) = (job.scale, job.tile, job.source.layout);
-        let block = if BLOCK < 64 {
-            BLOCK
-        } else if BLOCK == SUPER {
-            SUPER
-        } else {
-            scale.block
-        };
-        let mut panels = [job.source.at(job.panel); P];
-        let mut weights = [job.weights; P];
-        let mut y = [[s.splat(0.0); M]; P];
-        let mut all = [[s.splat_i32(0); M]; BLOCKS];
-        for p in 0..P {
-            let side = p.min(job.live - 1);
-            panels[p] = job.source.at(job.panel + side);
-            weights[p] = job.weights.wrapping_add(side * job.panel_bytes);
-            if p == side && job.supers.start > 0 {
-                for n in 0..tile.tokens.min(M) {
-                    // SAFETY: what the part before stored.
-                    y[p][n] = s.load_part(unsafe { job.out.part(job.first + n, job.panel + p) });
-                }
-            }
-        }
-        for sup in job.supers.clone() {
-            job.ask::<S, P>(s, sup);
-            let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
-            let mut input = sup * SUPER;
-            while input < end {
-                let index = input / block;
-                let groups = block.min(end - input) / 4;
-                // SAFETY: the decoded part and the tile hold this block.
-                unsafe {
-                    let mut dots = [start::<S, M>(s, tile, block, index); P];
-                    s.product(weights, tile.data, input / 4..input / 4 + groups, &mut dots);
-                    for p in 0..P {
-                        weights[p] = weights[p].add(groups * S::WEIGHT_BYTES);
-                    }
-                    if BLOCK == SUPER {
-                        for p in 0..P {
-                            settle_wide(s, layout, panels[p], tile, sup, &dots[p], &mut y[p]);
-                        }
-                        // The only one. Compilers that do not know so prepare its scales before the product, without registers for them.
-                        break;
-                    }
-                    all[input % SUPER / block] = dots[0];
-                }
-                input += block;
-            }
-            if BLOCK < SUPER {
-                let (panel, dots) = (panels[0], all.as_flattened());
-                s.run(Settle {
-                    s,
-                    scale,
-                    layout,
-                    panel,
-                    tile,
-                    sup,
-                    dots,
-                    y: &mut y[0],
-                });
-            }
-        }
-        for p in 0..P.min(job.live) {
-            for n in 0..tile.tokens.min(M) {
-                // SAFETY: `Matrix::run` has this part of the output to itself.
-                s.store_part(y[p][n], unsafe {
-                    job.out.part(job.first + n, job.panel + p)
-                });
-            }
-        }
-    }
-}
-
-/// A full tile of tokens under scales of blocks: sums of a block stay in registers, and with integer scales those of a super-block.
-struct Full<'a, S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool>(S, Job<'a>);
-
-impl<S: Simd, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
-    for Full<'_, S, M, BLOCK, SUBS>
-{
-    type Output = ();
-    #[inline(always)]
-    fn eval<T: Simd>(self, _: T) {
-        let Self(s, job) = self;
-        let (scale, tile, layout) = (job.scale, job.tile, job.source.layout);
-        let block = if BLOCK < 64 { BLOCK } else { scale.block };
-        let panel = job.source.at(job.panel);
-        let mut y = [s.splat(0.0); M];
-        if job.supers.start > 0 {
-            for n in 0..tile.tokens.min(M) {
-                // SAFETY: what the part before stored.
-                y[n] = s.load_part(unsafe { job.out.part(job.first + n, job.panel) });
-            }
-        }
-        let mut weights = job.weights;
-        for sup in job.supers.clone() {
-            job.ask::<S, 1>(s, sup);
-            let end = (layout.chunks * CHUNK).min(sup * SUPER + SUPER);
-            let mut weighed = [s.splat_i32(0); M];
-            for input in (sup * SUPER..end).step_by(block) {
-                let groups = input / 4..(input + block).min(end) / 4;
-                // SAFETY: the decoded part and the tile hold this block, the panel its scales.
-                unsafe {
-                    let mut dots = [start::<S, M>(s, tile, block, input / block)];
-                    s.product([weights], tile.data, groups.clone(), &mut dots);
-                    weights = weights.add(groups.len() * S::WEIGHT_BYTES);
-                    let index = input / block;
-                    let dots = &dots[0];
-                    if SUBS {
-                        scale.weigh(s, layout, panel, index, dots, &mut weighed);
-                    } else {
-                        scale.add(s, layout, panel, tile, index, dots, &mut y);
-                        // Left in memory: kept in registers they are moved about between blocks (Q4_0 a twentieth slower).
-                        black_box(&mut y);
-                    }
-                }
-            }
-            if SUBS {
-                // SAFETY: as above.
-                unsafe { scale.settle(s, layout, panel, tile, sup, &weighed, &mut y) }
-            }
-        }
-        for n in 0..tile.tokens.min(M) {
-            // SAFETY: `Matrix::run` has this part of the output to itself.
-            s.store_part(y[n], unsafe { job.out.part(job.first + n, job.panel) });
         }
     }
 }

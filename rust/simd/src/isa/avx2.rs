@@ -8,6 +8,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::dispatch::detected;
 use crate::{Book, Isa, LANES, Simd, SimdOp};
 
 /// AVX2, FMA and F16C; with `VNNI` also `vpdpbusd` on 256 bits.
@@ -65,10 +66,13 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     const DIRECT: usize = 2;
 
     fn new() -> Option<Self> {
-        let base = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        (base && (!VNNI || is_x86_feature_detected!("avxvnni"))).then_some(Self(()))
+        let detect = || {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+                && (!VNNI || is_x86_feature_detected!("avxvnni"))
+        };
+        detected(Self::ISA, detect).then_some(Self(()))
     }
 
     fn run<O: SimdOp>(self, op: O) -> O::Output {

@@ -10,6 +10,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::amx;
+use crate::dispatch::detected;
 use crate::vector::multiply;
 use crate::{Book, Isa, LANES, Simd, SimdOp};
 
@@ -93,15 +94,18 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     const DIRECT: usize = if LEVEL == AMX { 0 } else { 16 };
 
     fn new() -> Option<Self> {
-        let base = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        let vbmi = || is_x86_feature_detected!("avx512vbmi");
-        (base && (LEVEL < VBMI || vbmi()) && (LEVEL < AMX || amx::usable())).then_some(Self(()))
+        let detect = || {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+                && (LEVEL < VBMI || is_x86_feature_detected!("avx512vbmi"))
+        };
+        // That of AMX is remembered there, as tests change it.
+        (detected(Self::ISA, detect) && (LEVEL < AMX || amx::usable())).then_some(Self(()))
     }
 
     fn run<O: SimdOp>(self, op: O) -> O::Output {

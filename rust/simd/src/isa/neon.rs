@@ -13,6 +13,7 @@ use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::ops::Range;
 
+use crate::dispatch::detected;
 use crate::{Book, Isa, LANES, Simd, SimdOp};
 
 /// NEON and `dotprod`; with `I8MM` also `i8mm`.
@@ -72,8 +73,12 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
     const DIRECT: usize = 4;
 
     fn new() -> Option<Self> {
-        let base = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-        (base && (!I8MM || is_aarch64_feature_detected!("i8mm"))).then_some(Self(()))
+        let detect = || {
+            is_aarch64_feature_detected!("neon")
+                && is_aarch64_feature_detected!("dotprod")
+                && (!I8MM || is_aarch64_feature_detected!("i8mm"))
+        };
+        detected(Self::ISA, detect).then_some(Self(()))
     }
 
     fn run<O: SimdOp>(self, op: O) -> O::Output {

@@ -1,6 +1,6 @@
-//! Several tokens: each super-block of one or two panels is decoded into the first cache and multiplied with every tile of tokens before the
-//! next one is. So weights are read from there whatever the number of tokens; the results of a tile rest in the second cache meanwhile, and its activations of
-//! the super-block come from there, both a small part of what the products take.
+//! Several tokens: some super-blocks of one to four panels are decoded into the first cache and multiplied with every tile of tokens before the
+//! next are. So weights are read from there whatever the number of tokens; the results of a tile rest in the second cache meanwhile, and its activations of
+//! those super-blocks come from there or beyond, both a small part of what the products take.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -16,9 +16,14 @@ use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
 use crate::acts::{Acts, Tile};
 
 /// Bytes of results of some panels at most; more tokens than have room there are done one after the other.
-const RESULTS: usize = 128 << 10;
+const RESULTS: usize = 256 << 10;
 /// Bytes of weights decoded at a time: a part of the first cache.
 const STAGE: usize = 16 << 10;
+/// Most panels whose super-block a stage holds.
+const MOST: usize = 4;
+/// Tiles that are many: their activations come from farther away, so they meet as many panels as a stage holds one super-block of. Kernels of two panels
+/// have no use for more.
+const MANY: usize = 16;
 /// Super-blocks between asking for codes and decoding them, at least those of a stage.
 const AHEAD: usize = 4;
 /// Code vectors of a chunk.
@@ -106,98 +111,138 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
     #[inline(always)]
     fn eval<T: Simd>(self, _: T) {
         let job = &self.1;
-        // Up to `Simd::DIRECT` tokens are one tile, which may be larger than others.
-        let places = P * M.max(job.acts.tile(0).padded);
         let tiles = job.acts.tiles();
-        let unpack = dispatch(S::ISA, Find(job.decoder));
-        let band = tiles.min(RESULTS / 64 / places);
+        let side = if P == 1 && tiles >= MANY {
+            Self::STAGED
+        } else {
+            P
+        };
+        // Up to `Simd::DIRECT` tokens are one tile, which may be larger than others.
+        let places = M.max(job.acts.tile(0).padded);
+        let band = tiles.min(RESULTS / 64 / (side * places));
+        let lines = STAGE / 64 + band * side * places;
         // Out of its place meanwhile: what a closure holds is not always compiled for the instruction set.
         let mut scratch = SCRATCH.take();
-        if scratch.len() < STAGE / 64 + band * places {
-            scratch.resize(STAGE / 64 + band * places, Line([0; 64]));
+        if scratch.len() < lines {
+            scratch.resize(lines, Line([0; 64]));
         }
-        let (weights, results) = scratch.split_at_mut(STAGE / 64);
-        let (weights, results) = (weights.as_mut_ptr().cast(), results.as_mut_ptr().cast());
+        let (stage, results) = scratch.split_at_mut(STAGE / 64);
+        let room = Room {
+            side,
+            stage: stage.as_mut_ptr().cast(),
+            results: results.as_mut_ptr().cast(),
+            places,
+        };
+        let unpack = dispatch(S::ISA, Find(job.decoder));
         for first in (0..tiles).step_by(band) {
             let tiles = first..tiles.min(first + band);
-            for base in job.panels.clone().step_by(P) {
-                self.panels(base, tiles.clone(), unpack, weights, results, places);
+            for first in job.panels.clone().step_by(side) {
+                let panels = first..job.panels.end.min(first + side);
+                self.panels(panels, tiles.clone(), unpack, &room);
             }
         }
         SCRATCH.set(scratch);
     }
 }
 
+/// Memory for some panels at a time.
+struct Room<S: Simd> {
+    /// So many panels.
+    side: usize,
+    /// Their decoded super-blocks.
+    stage: *mut u8,
+    /// \[tile\]\[panel\]\[places\].
+    results: *mut S::F32,
+    /// Results of a tile and panel at most.
+    places: usize,
+}
+
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>
     Tiles<'_, S, P, M, BLOCK, SUBS>
 {
-    /// Panels from `base` on by some tiles of tokens. Decoded weights go to `stage`, results to `results`, `places` a tile.
+    /// Bytes of a decoded super-block of a panel.
+    const SUPER_BYTES: usize = SUPER / 4 * S::WEIGHT_BYTES;
+    /// Super-blocks of a stage, of all its panels.
+    const STAGED: usize = STAGE / Self::SUPER_BYTES;
+
+    /// Some panels by some tiles of tokens.
     #[inline(always)]
-    fn panels(
-        &self,
-        base: usize,
-        tiles: Range<usize>,
-        unpack: Unpacker,
-        stage: *mut u8,
-        results: *mut S::F32,
-        places: usize,
-    ) {
+    fn panels(&self, panels: Range<usize>, tiles: Range<usize>, unpack: Unpacker, room: &Room<S>) {
         let Self(s, job) = self;
         let (s, layout) = (*s, job.source.layout);
-        // At an odd end a panel is its own partner.
-        let live = P.min(job.panels.end - base);
-        let side = |p: usize| p.min(live - 1);
-        let panels: [_; P] = std::array::from_fn(|p| job.source.at(base + side(p)));
-        let weights: [_; P] = std::array::from_fn(|p| stage.wrapping_add(side(p) * STAGE / P));
         // Super-blocks of a stage.
-        let together = const { STAGE / P / (SUPER / 4 * S::WEIGHT_BYTES) };
-        let stages = layout.supers.div_ceil(together);
-        for n in 0..tiles.len() * places {
-            // SAFETY: there are so many.
-            unsafe { results.add(n).write(s.splat(0.0)) }
+        let together = Self::STAGED / room.side;
+        // Of each panel; at an odd end a panel is its own partner.
+        let mut at = [job.source.at(panels.start); MOST];
+        let mut weights = [room.stage; MOST];
+        for n in 0..room.side {
+            let partner = n.min(panels.len() - 1);
+            at[n] = job.source.at(panels.start + partner);
+            weights[n] = room
+                .stage
+                .wrapping_add(partner * together * Self::SUPER_BYTES);
         }
+        let per_tile = room.side * room.places;
+        for n in 0..tiles.len() * per_tile {
+            // SAFETY: there are so many.
+            unsafe { room.results.add(n).write(s.splat(0.0)) }
+        }
+        let stages = layout.supers.div_ceil(together);
         for number in 0..stages {
             let first = number * together;
             let end = layout.supers.min(first + together);
             let chunks = first * 4..layout.chunks.min(end * 4);
-            for p in 0..live {
+            for n in 0..panels.len() {
                 // SAFETY: a panel of the matrix; the stage has room for so much.
-                unsafe { unpack(job.decoder, layout, panels[p], chunks.clone(), weights[p]) }
+                unsafe { unpack(job.decoder, layout, at[n], chunks.clone(), weights[n]) }
             }
             let coming = number + AHEAD / together;
-            let (later, coming) = (coming / stages * P, coming % stages * together);
+            let (later, coming) = (coming / stages * room.side, coming % stages * together);
             let coming = job
                 .source
                 .stored(coming..coming + together, job.decoder.bits);
-            let ahead = job.source.ahead(base + later).wrapping_add(coming.start);
+            let ahead = job
+                .source
+                .ahead(panels.start + later)
+                .wrapping_add(coming.start);
             let lines = coming.len().div_ceil(64);
             // So many with every tile and super-block.
             let share = lines.div_ceil(tiles.len() * (end - first));
             for (t, number) in tiles.clone().enumerate() {
                 let asked = t * share * (end - first);
-                let place = Place {
+                let mut place = Place {
                     s,
                     scale: job.scale,
                     layout,
                     tile: job.acts.tile(number),
                     supers: first..end,
-                    panels,
-                    weights,
+                    panels: [at[0]; P],
+                    weights: [weights[0].cast_const(); P],
                     ahead: ahead.wrapping_add(asked * 64),
                     lines: share.min(lines.saturating_sub(asked)),
                 };
-                // SAFETY: weights are those of these super-blocks; the tile has room for its results.
-                unsafe { self.multiply(&place, results.add(t * places)) }
+                for set in (0..panels.len()).step_by(P) {
+                    for p in 0..P {
+                        place.panels[p] = at[set + p];
+                        place.weights[p] = weights[set + p];
+                    }
+                    let y = room.results.wrapping_add(t * per_tile + set * room.places);
+                    // SAFETY: weights are those of these super-blocks; the tile has room for its results.
+                    unsafe { self.multiply(&place, y) }
+                    place.ahead = place.ahead.wrapping_add(P * layout.panel_bytes);
+                }
             }
         }
         for (t, number) in tiles.enumerate() {
             let tile = job.acts.tile(number);
-            for p in 0..live {
-                for n in 0..tile.tokens {
+            for n in 0..panels.len() {
+                let (set, p) = (n / P * P, n % P);
+                let y = t * per_tile + set * room.places + p * tile.padded;
+                for token in 0..tile.tokens {
                     // SAFETY: `Matrix::run` has this part of the output to itself.
                     unsafe {
-                        let y = results.add(t * places + p * tile.padded + n).read();
-                        s.store_part(y, job.out.part(number * M + n, base + p));
+                        let y = room.results.add(y + token).read();
+                        s.store_part(y, job.out.part(number * M + token, panels.start + n));
                     }
                 }
             }
@@ -248,7 +293,7 @@ struct Place<'a, S: Simd, const P: usize> {
     supers: Range<usize>,
     panels: [*const u8; P],
     /// The super-blocks, decoded.
-    weights: [*mut u8; P],
+    weights: [*const u8; P],
     /// What to ask for meanwhile, of the first panel (that of the other lies behind): so many lines a super-block.
     ahead: *const u8,
     lines: usize,
@@ -324,7 +369,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     #[inline(always)]
     unsafe fn wide<const N: usize>(&self, y: &mut [[S::F32; N]; P]) {
         let (s, layout, tile) = (self.s, self.layout, self.tile);
-        let mut weights = self.weights.map(<*mut u8>::cast_const);
+        let mut weights = self.weights;
         for sup in self.supers.clone() {
             self.ask(sup);
             let inputs = self.inputs(sup);
@@ -351,7 +396,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
         y: &mut [S::F32; N],
     ) {
         let (s, scale, layout, tile) = (self.s, self.scale, self.layout, self.tile);
-        let (panel, mut weights) = (self.panels[0], self.weights[0].cast_const());
+        let (panel, mut weights) = (self.panels[0], self.weights[0]);
         let block = if BLOCK < 64 { BLOCK } else { scale.block };
         for sup in self.supers.clone() {
             self.ask(sup);
@@ -389,7 +434,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     #[inline(always)]
     unsafe fn blocks<const N: usize, const BLOCK: usize>(&self, y: &mut [S::F32; N]) {
         let (s, scale, layout, tile) = (self.s, self.scale, self.layout, self.tile);
-        let (panel, mut weights) = (self.panels[0], self.weights[0].cast_const());
+        let (panel, mut weights) = (self.panels[0], self.weights[0]);
         let block = if BLOCK < 64 { BLOCK } else { scale.block };
         let mut all = [[s.splat_i32(0); N]; BLOCKS];
         for sup in self.supers.clone() {

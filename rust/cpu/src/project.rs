@@ -189,7 +189,11 @@ impl Projection {
         }
         let width = panels.len() * ROWS;
         let gated = is_gated(self.epilogue);
-        scratch.resize(tokens * width * if gated { 2 } else { 1 }, 0.0);
+        let wanted = tokens * width * if gated { 2 } else { 1 };
+        // Not made shorter, as growing it again would write zeros.
+        if scratch.len() < wanted {
+            scratch.resize(wanted, 0.0);
+        }
         let mut compute = |p: usize| {
             let part = &self.parts[first + p];
             let at = scratch[p * tokens * width..].as_mut_ptr();

@@ -174,7 +174,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
         let together = Self::STAGED / room.side;
         // Of each panel; at an odd end a panel is its own partner.
         let mut at = [job.source.at(panels.start); MOST];
-        let mut weights = [room.stage; MOST];
+        let mut weights = [room.stage.cast_const(); MOST];
         for n in 0..room.side {
             let partner = n.min(panels.len() - 1);
             at[n] = job.source.at(panels.start + partner);
@@ -193,8 +193,9 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             let end = layout.supers.min(first + together);
             let chunks = first * 4..layout.chunks.min(end * 4);
             for n in 0..panels.len() {
+                let to = weights[n].cast_mut();
                 // SAFETY: a panel of the matrix; the stage has room for so much.
-                unsafe { unpack(job.decoder, layout, at[n], chunks.clone(), weights[n]) }
+                unsafe { unpack(job.decoder, layout, at[n], chunks.clone(), to) }
             }
             let coming = number + AHEAD / together;
             let (later, coming) = (coming / stages * room.side, coming % stages * together);
@@ -217,15 +218,13 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                     tile: job.acts.tile(number),
                     supers: first..end,
                     panels: [at[0]; P],
-                    weights: [weights[0].cast_const(); P],
+                    weights: [weights[0]; P],
                     ahead: ahead.wrapping_add(asked * 64),
                     lines: share.min(lines.saturating_sub(asked)),
                 };
                 for set in (0..panels.len()).step_by(P) {
-                    for p in 0..P {
-                        place.panels[p] = at[set + p];
-                        place.weights[p] = weights[set + p];
-                    }
+                    place.panels.copy_from_slice(&at[set..set + P]);
+                    place.weights.copy_from_slice(&weights[set..set + P]);
                     let y = room.results.wrapping_add(t * per_tile + set * room.places);
                     // SAFETY: weights are those of these super-blocks; the tile has room for its results.
                     unsafe { self.multiply(&place, y) }

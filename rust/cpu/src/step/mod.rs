@@ -23,7 +23,7 @@ use crate::buffers::{Cells, Rows};
 use crate::cache::HeadLayout;
 use crate::experts::{AddScaled, Routes};
 use crate::head::Best;
-use crate::norm::norm;
+use crate::norm::{norm, norm_in_place};
 use crate::op::{AddOp, AttentionOp, EmbedOp, HiddenOp, NormOp};
 use crate::plan::{Plan, Work};
 use crate::pool::{Stop, Team};
@@ -130,6 +130,10 @@ impl Pass<'_> {
         own.best.resize(self.rows.len(), Best::NONE);
         let mut ahead = Ahead::NOTHING;
         for (number, step) in self.plan.steps.iter().enumerate() {
+            if self.on_the_fly && matches!(step.work, Work::Rotate(_)) {
+                // Attention does it, behind a barrier of its own.
+                continue;
+            }
             if step.barrier {
                 ahead.aim(self, number, team);
                 team.barrier_while(|| ahead.ask(self.isa))?;
@@ -148,7 +152,7 @@ impl Pass<'_> {
     fn work(&self, work: &Work, team: &Team<'_>, own: &mut Own) -> Result<()> {
         match work {
             Work::Embed(op) => self.embed(op, team, &mut own.scratch),
-            Work::Norm(op) => self.norm(op, team, &mut own.scratch),
+            Work::Norm(op) => self.norm(op, team),
             Work::OwnNorm(op) => self.own_norm(op, own),
             Work::Shape(acts) => return self.shape(*acts, team),
             Work::Fill(acts) => self.fill(*acts, team),
@@ -200,15 +204,18 @@ impl Pass<'_> {
         });
     }
 
-    fn norm(&self, op: &NormOp, team: &Team<'_>, scratch: &mut Vec<f32>) {
+    fn norm(&self, op: &NormOp, team: &Team<'_>) {
         team.for_each(self.ids.len(), |t| {
-            scratch.clear();
-            // SAFETY: the plan; the row of x may be the row of out, so it is copied.
-            let out = unsafe {
-                scratch.extend_from_slice(self.buffer(op.x).row(t));
-                self.buffer(op.out).row_mut(t)
-            };
-            norm(self.isa, &op.norm, scratch, out);
+            // SAFETY: the plan.
+            let out = unsafe { self.buffer(op.out).row_mut(t) };
+            if op.x == op.out {
+                let each = out.len();
+                norm_in_place(self.isa, &op.norm, out, each);
+            } else {
+                // SAFETY: the plan.
+                let x = unsafe { self.buffer(op.x).row(t) };
+                norm(self.isa, &op.norm, x, out);
+            }
         });
     }
 
@@ -276,9 +283,6 @@ impl Pass<'_> {
     }
 
     fn rotate(&self, op: &AttentionOp, team: &Team<'_>) {
-        if self.on_the_fly {
-            return;
-        }
         let shared = self.shared(op);
         team.for_each(self.ids.len(), |t| {
             let view = &self.views[self.views.partition_point(|v| v.row <= t) - 1];

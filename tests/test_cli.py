@@ -159,7 +159,13 @@ def test_inspect_tells_what_runs(run_json, plain, tmp_path):
     assert found["architecture"] == "llama"
     assert found["sizes"]["hidden_size"] == 64
     assert found["bits_per_weight"] == 16
-    assert found["cache_bytes"] == {"positions": 64, "f32": 32768, "f16": 16384, "bf16": 16384}
+    assert found["cache_bytes"] == {
+        "positions": 64,
+        "f32": 32768,
+        "f16": 16384,
+        "bf16": 16384,
+        "int8": 10240,
+    }
     assert found["memory_bytes"] == found["tensor_bytes"] + 16384
     assert {tensor["bits"] for tensor in found["tensors"]} == {16}
     assert found["parameters"] == sum(w.size for w in tiny.weights().values())

@@ -161,7 +161,7 @@ def test_devices_agree_at_every_width(directory, bits, activations):
     agree(spec, weights, activations=activations)
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "i8"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "int8"])
 def test_devices_agree_with_every_cache(directory, kv):
     agree(*parts(directory), kv=kv)
 

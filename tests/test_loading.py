@@ -95,6 +95,18 @@ def test_stored_dtype_runs_close_to_f32(plain, expected):
     assert np.array_equal(exact, expected)  # dense bf16 weights are converted exactly
 
 
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "int8"])
+def test_every_type_of_the_cache(plain, expected, kv):
+    found = logits(plain, kv=kv)
+    assert np.isfinite(found).all()
+    assert np.array_equal(found, expected) == (kv == "f32")
+
+
+def test_a_type_of_cache_that_is_none(plain):
+    with pytest.raises(ValueError, match="kv must be .* 'int8', is 'i8'"):
+        kbit.load(plain, kv="i8")
+
+
 # Quantised
 
 

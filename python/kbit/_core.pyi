@@ -270,7 +270,7 @@ class Engine:
             weights: By canonical name; shared, not copied.
             device: ``"cpu"``, or ``"reference"``: plain loops, for tests.
             threads: 0: `default_threads`.
-            kv: Type of cached keys and values: ``"f16"``, ``"bf16"``, ``"f32"`` or ``"i8"``.
+            kv: Type of cached keys and values: ``"f16"``, ``"bf16"``, ``"f32"`` or ``"int8"``.
             cache_bytes: What the cache may grow to; 0: half of what is free at the first step.
             activations: ``"int8"`` into k-bit weights, or ``"f32"``, for measuring.
             context: Positions of a sequence, if fewer than the model has.

@@ -21,13 +21,15 @@ from kbit.cli.common import (
     print_report,
     table,
 )
+from kbit.spec import ModelSpec
 
 EXAMPLES = """\
   kbit inspect model.gguf
   kbit inspect Qwen/Qwen3-0.6B --context 8192 --json
   kbit inspect ./my-model --tensors"""
 
-KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0}
+CACHE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8}
+"""Of a cached number."""
 
 
 def add(commands: Commands) -> None:
@@ -100,6 +102,13 @@ def weight_counts(source: Source) -> dict[str, int]:
     return counts
 
 
+def cache_bytes(spec: ModelSpec, kv: str) -> int:
+    """What the cache takes for a position: with int8 every head's key and value have a scale in f32."""
+    heads = 2 * len(spec.layers) * spec.num_key_value_heads
+    scale = 4 if kv == "int8" else 0
+    return heads * (spec.head_dim * CACHE_BITS[kv] // 8 + scale)
+
+
 def describe(source: Source, context: int | None) -> dict[str, Any]:
     """What the headers of a model's files say."""
     tensors = source.tensors()
@@ -127,7 +136,6 @@ def describe(source: Source, context: int | None) -> dict[str, Any]:
         return report | {"runs": f"no: {error}"}
     spec = found.spec
     positions = min(context or spec.max_position_embeddings, spec.max_position_embeddings)
-    row = 2 * len(spec.layers) * spec.num_key_value_heads * spec.head_dim
     report |= {
         "architecture": found.model_type,
         "sizes": {
@@ -138,9 +146,9 @@ def describe(source: Source, context: int | None) -> dict[str, Any]:
             )
         } | {"num_hidden_layers": len(spec.layers)},
         "cache_bytes": {"positions": positions}
-        | {kv: int(row * positions * size) for kv, size in KV_BYTES.items()},
+        | {kv: cache_bytes(spec, kv) * positions for kv in CACHE_BITS},
         # Weights as they are stored, and the cache in 16 bits, which is the default.
-        "memory_bytes": stored + 2 * row * positions,
+        "memory_bytes": stored + cache_bytes(spec, "f16") * positions,
     }  # fmt: skip
     try:
         tokenizer = loading.load_tokenizer(source)

@@ -18,8 +18,14 @@ impl SimdOp for Ask {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        for line in (0..self.n).step_by(LINE) {
-            s.prefetch_far(self.at.wrapping_add(line));
-        }
+        ask_with(s, self.at, self.n);
+    }
+}
+
+/// [`ask`] where the instruction set is known.
+#[inline(always)]
+pub(crate) fn ask_with<S: Simd>(s: S, at: *const u8, n: usize) {
+    for line in (0..n).step_by(LINE) {
+        s.prefetch_far(at.wrapping_add(line));
     }
 }

@@ -39,11 +39,6 @@ pub(crate) struct HeadLayout {
 }
 
 impl HeadLayout {
-    /// Bytes of the keys of a page.
-    pub(crate) fn key_bytes(&self) -> usize {
-        self.values_at
-    }
-
     pub(crate) fn new(head_dim: usize, kind: CacheType) -> Self {
         let value_stride = head_dim.next_multiple_of(16);
         let values_at = PAGE * head_dim * element_size(kind);

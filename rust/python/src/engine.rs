@@ -38,9 +38,9 @@ fn cache_type(name: &str) -> PyResult<CacheType> {
         "f16" => Ok(CacheType::F16),
         "bf16" => Ok(CacheType::BF16),
         "f32" => Ok(CacheType::F32),
-        "i8" => Ok(CacheType::I8),
+        "int8" => Ok(CacheType::I8),
         other => Err(PyValueError::new_err(format!(
-            "kv must be 'f16', 'bf16', 'f32' or 'i8', is '{other}'"
+            "kv must be 'f16', 'bf16', 'f32' or 'int8', is '{other}'"
         ))),
     }
 }

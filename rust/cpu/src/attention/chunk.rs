@@ -10,6 +10,7 @@ use kbit_simd::{Isa, LANES, Simd, SimdOp, math};
 use kbit_tensor::program::CacheType;
 
 use super::page::{Element, Typed};
+use crate::ask::ask_with;
 use crate::cache::{BLOCK, HeadPage, PAGE};
 
 /// What a query sees: a range of positions, and how distance counts.
@@ -60,6 +61,12 @@ pub(crate) struct Chunk<'a> {
     pub(crate) out: &'a mut [f32],
     /// Leave the scores as they are: no probabilities, no output.
     pub(crate) scores_only: bool,
+    /// Keys of the chunk that comes next, or null; None where keys and values of this one are in a cache already.
+    ///
+    /// Memory is asked for at the pace of the work: for values while keys are read, and for the next keys while values are.
+    /// Requests in one go would wait for each other before the work begins, and the hardware's own do not see
+    /// through the strides in which keys are read.
+    pub(crate) next_keys: Option<*const u8>,
 }
 
 impl SimdOp for Chunk<'_> {
@@ -140,11 +147,24 @@ impl Chunk<'_> {
     fn tile<S: Simd, E: Element, const N: usize>(&mut self, s: S, block: usize, i: usize) {
         let head_dim = self.page.layout.head_dim;
         let q = self.q[i * head_dim..(i + N) * head_dim].as_ptr();
+        let size = size_of::<E::Number>();
+        let mut values = match self.next_keys {
+            Some(_) if i == 0 => {
+                let before = block * BLOCK * self.page.layout.value_stride;
+                self.page.values.wrapping_add(before * size)
+            }
+            _ => std::ptr::null_mut(),
+        };
         let mut halves = [[s.splat(0.0); 2]; N];
         // Lanes g, g + 4, g + 8, g + 12 at a time; g in the order 0, 2, 1, 3 lets pairs be added as they come.
         for (turn, g) in [0, 2, 1, 3].into_iter().enumerate() {
             let mut lanes = [[s.splat(0.0); 4]; N];
             for base in (0..head_dim).step_by(LANES) {
+                if !values.is_null() {
+                    // A quarter of 16 dimensions, as many as keys are read here.
+                    ask_with(s, values, LANES / 4 * BLOCK * size);
+                    values = values.wrapping_add(LANES / 4 * BLOCK * size);
+                }
                 for j in 0..4 {
                     let dim = base + g + 4 * j;
                     if dim < head_dim {
@@ -277,6 +297,10 @@ impl Chunk<'_> {
         positions: Range<usize>,
     ) {
         let stride = self.page.layout.value_stride;
+        let next_keys = match self.next_keys {
+            Some(keys) if i == 0 && at == 0 => keys,
+            _ => std::ptr::null(),
+        };
         let p = self.scores[i * PAGE..(i + N) * PAGE].as_ptr();
         let out = &mut self.out[i * stride..(i + N) * stride];
         let mut acc = [[s.splat(0.0); D]; N];
@@ -286,6 +310,10 @@ impl Chunk<'_> {
             }
         }
         for position in positions {
+            if !next_keys.is_null() {
+                let each = self.page.layout.head_dim * size_of::<E::Number>();
+                ask_with(s, next_keys.wrapping_add(position * each), each);
+            }
             let mut values = [s.splat(0.0); D];
             for d in 0..D {
                 // SAFETY: position < 256 and at + 16 d < stride are inside the page, whose head nobody else writes now.

@@ -30,9 +30,6 @@ pub(crate) use work::{Work, is_split};
 /// Queries from which a chunk is turned into f32 first.
 const WIDEN: usize = 9;
 
-/// Bytes of keys, and of values, that are asked for while the item before is computed.
-const ASKED: usize = 8 << 10;
-
 /// One attention layer.
 #[derive(Debug)]
 pub(crate) struct Attention {
@@ -181,17 +178,15 @@ impl Attention {
         }
     }
 
-    /// Asks for the beginning of what an item reads.
-    pub(crate) fn ask(&self, s: &Shared<'_>, item: &Item) {
-        let view = &s.views[item.view];
+    /// The page that an item begins with.
+    fn first_page(&self, s: &Shared<'_>, item: &Item) -> HeadPage {
         let start = item.chunk.as_ref().map_or(0, |split| split.start);
-        let seen = (view.start + item.tokens.end)
-            .saturating_sub(start)
-            .min(PAGE);
-        let page = self.page(s, view, start / PAGE, item.kv_head);
-        let cached = (page.layout.key_bytes() * seen / PAGE).min(ASKED);
-        ask(s.isa, page.keys, cached);
-        ask(s.isa, page.values, cached);
+        self.page(s, &s.views[item.view], start / PAGE, item.kv_head)
+    }
+
+    /// Asks for what an item reads of the new tokens.
+    fn ask(&self, s: &Shared<'_>, item: &Item) {
+        let view = &s.views[item.view];
         let (d, group) = (self.head_dim, self.q_heads / self.kv_heads);
         // SAFETY: as in `item`.
         let row = unsafe { s.qkv.row(view.row + item.tokens.start) };
@@ -206,7 +201,8 @@ impl Attention {
         }
     }
 
-    /// One item. With `rotation` queries are taken as projected and keys are appended here.
+    /// The first of `items`, while it asks for what the second reads. With `rotation` queries are taken as projected and
+    /// keys are appended here.
     ///
     /// # Safety
     /// No thread writes the rows of `qkv` now, and every item of the work is done by one thread.
@@ -214,9 +210,16 @@ impl Attention {
         &self,
         s: &Shared<'_>,
         rotation: Option<&Rotation>,
-        item: &Item,
+        items: &[Item],
         t: &mut Scratch,
     ) -> Result<()> {
+        let Some((item, later)) = items.split_first() else {
+            return Ok(());
+        };
+        let next = later.first();
+        if let Some(next) = next {
+            self.ask(s, next);
+        }
         let view = &s.views[item.view];
         self.load_queries(s, rotation, view, item, t);
         let Some(split) = &item.chunk else {
@@ -225,7 +228,8 @@ impl Attention {
         if let Some(rotation) = rotation {
             self.append(s, rotation, view, item, split.start, t);
         }
-        self.chunk(s, view, item.kv_head, split.start, t, false)?;
+        let next = next.map_or(std::ptr::null(), |next| self.first_page(s, next).keys);
+        self.chunk(s, view, item.kv_head, split.start, next, t, false)?;
         let (n, stride) = (t.queries.len(), s.head.value_stride);
         if split.chunks == 1 {
             t.only_chunk();
@@ -262,15 +266,16 @@ impl Attention {
     fn all_chunks(&self, s: &Shared<'_>, view: &View, item: &Item, t: &mut Scratch) -> Result<()> {
         let first = t.queries.first().map_or(0, |q| q.first) / PAGE;
         let last = t.queries.last().map_or(0, |q| q.position) / PAGE;
+        let nothing = std::ptr::null();
         t.start_running(t.queries.len(), s.head.value_stride);
         for chunk in first..=last {
-            self.chunk(s, view, item.kv_head, chunk * PAGE, t, false)?;
+            self.chunk(s, view, item.kv_head, chunk * PAGE, nothing, t, false)?;
             t.merge(s.isa, chunk * PAGE, s.head.value_stride);
         }
         self.finish(s, view, item, t);
         if !view.weights.is_empty() {
             for chunk in first..=last {
-                self.chunk(s, view, item.kv_head, chunk * PAGE, t, true)?;
+                self.chunk(s, view, item.kv_head, chunk * PAGE, nothing, t, true)?;
                 self.write_weights(s, view, item, chunk * PAGE, t);
             }
         }
@@ -397,19 +402,21 @@ impl Attention {
         }
     }
 
-    /// All queries of the scratch against one chunk.
+    /// All queries of the scratch against one chunk, before one that begins with `next_keys` (null: not known).
     fn chunk(
         &self,
         s: &Shared<'_>,
         view: &View,
         kv_head: usize,
         start: usize,
+        next_keys: *const u8,
         t: &mut Scratch,
         scores_only: bool,
     ) -> Result<()> {
         let n = t.queries.len();
         let mut page = self.page(s, view, start / PAGE, kv_head);
         let mut kind = s.kind;
+        let mut next_keys = Some(next_keys);
         if n >= WIDEN && kind != CacheType::F32 {
             let layout = HeadLayout::new(self.head_dim, CacheType::F32);
             let wanted = PAGE * 4 * (layout.head_dim + layout.value_stride);
@@ -434,7 +441,7 @@ impl Attention {
                         end,
                     },
                 );
-                (page, kind) = (to, CacheType::F32);
+                (page, kind, next_keys) = (to, CacheType::F32, None);
             }
         }
         t.scores.resize(n * PAGE, 0.0);
@@ -455,6 +462,7 @@ impl Attention {
                 sum: &mut t.sum,
                 out: &mut t.out,
                 scores_only,
+                next_keys,
             },
         );
         Ok(())

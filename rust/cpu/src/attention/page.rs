@@ -8,6 +8,8 @@ use crate::norm::load;
 
 /// How 16 cached numbers become f32.
 pub(super) trait Element {
+    /// As it is cached.
+    type Number;
     /// Dimension `dim` of the 16 positions of `block`.
     ///
     /// # Safety
@@ -34,6 +36,7 @@ macro_rules! element {
     ($name:ident, $number:ty, $load:ident) => {
         pub(super) struct $name;
         impl Element for $name {
+            type Number = $number;
             #[inline(always)]
             unsafe fn keys<S: Simd>(s: S, page: &HeadPage, block: usize, dim: usize) -> S::F32 {
                 // SAFETY: inside the page by contract.
@@ -65,6 +68,7 @@ element!(F32, f32, load);
 
 pub(super) struct I8;
 impl Element for I8 {
+    type Number = i8;
     #[inline(always)]
     unsafe fn keys<S: Simd>(s: S, page: &HeadPage, block: usize, dim: usize) -> S::F32 {
         // SAFETY: inside the page by contract.

@@ -340,9 +340,10 @@ impl World {
                 }
             }
             // Any order of items gives the same.
-            for item in work.items.iter().rev() {
+            for i in (0..work.items.len()).rev() {
+                let items = &work.items[i..];
                 // SAFETY: one thread.
-                unsafe { attention.item(&shared, fused.then_some(&rotation), item, &mut scratch) }
+                unsafe { attention.item(&shared, fused.then_some(&rotation), items, &mut scratch) }
                     .expect("room");
             }
             for t in 0..n {

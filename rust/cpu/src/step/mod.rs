@@ -306,11 +306,8 @@ impl Pass<'_> {
         let mut result = Ok(());
         team.for_each(items.len(), |i| {
             if result.is_ok() {
-                if let Some(next) = items.get(i + 1) {
-                    op.attention.ask(&shared, next);
-                }
                 // SAFETY: the plan.
-                result = unsafe { op.attention.item(&shared, rotation, &items[i], scratch) };
+                result = unsafe { op.attention.item(&shared, rotation, &items[i..], scratch) };
             }
         });
         result

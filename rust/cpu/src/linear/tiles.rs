@@ -188,8 +188,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             unsafe { room.results.add(n).write(s.splat(0.0)) }
         }
         let stages = layout.supers.div_ceil(together);
-        for number in 0..stages {
-            let first = number * together;
+        for stage in 0..stages {
+            let first = stage * together;
             let end = layout.supers.min(first + together);
             let chunks = first * 4..layout.chunks.min(end * 4);
             for n in 0..panels.len() {
@@ -197,7 +197,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 // SAFETY: a panel of the matrix; the stage has room for so much.
                 unsafe { unpack(job.decoder, layout, at[n], chunks.clone(), to) }
             }
-            let coming = number + AHEAD / together;
+            let coming = stage + AHEAD / together;
             let (later, coming) = (coming / stages * room.side, coming % stages * together);
             let coming = job
                 .source

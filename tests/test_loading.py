@@ -103,7 +103,7 @@ def test_every_type_of_the_cache(plain, expected, kv):
 
 
 def test_a_type_of_cache_that_is_none(plain):
-    with pytest.raises(ValueError, match="kv must be .* 'int8', is 'i8'"):
+    with pytest.raises(ValueError, match=r"kv must be .* 'int8', is 'i8'"):
         kbit.load(plain, kv="i8")
 
 

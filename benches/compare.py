@@ -1,7 +1,7 @@
 """kbit beside llama.cpp and mistral.rs on the same machine, in one run.
 
-    python benches/compare.py                                           all of the 1B shape, some 40 minutes
-    python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 6 minutes
+    python benches/compare.py                                           all of the 1B shape, some 50 minutes
+    python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 10 minutes
 
 writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory
 and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp. Engines run one

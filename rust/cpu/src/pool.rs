@@ -464,11 +464,6 @@ impl Team<'_> {
         self.index
     }
 
-    /// Threads of the team.
-    pub(crate) fn threads(&self) -> usize {
-        self.threads
-    }
-
     /// Waits for all threads; what they wrote before is seen after.
     ///
     /// # Errors
@@ -761,7 +756,7 @@ mod tests {
                             team.barrier()?;
                             if team.index() == 1 {
                                 run(4, &NEVER, &|inner| {
-                                    assert_eq!(inner.threads(), 1);
+                                    assert_eq!(inner.threads, 1);
                                     inner.for_each(10, |i| _ = sum.fetch_add(i, Relaxed));
                                     inner.barrier()
                                 })

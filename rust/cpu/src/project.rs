@@ -19,12 +19,10 @@ const MOST_BYTES: usize = 1 << 20;
 const LEAST_BYTES: usize = 32 << 10;
 /// Panels that kernels for more tokens than [`FEW`] take side by side.
 const PAIR: usize = 2;
-/// Items a thread should have at least where there are many tokens.
-const ITEMS: usize = 8;
-/// Tokens from which an item is a few panels: kernels take them side by side, and there is enough to do.
+/// Tokens from which a pair of panels is so much work that a thread takes few at a time.
 const MANY: usize = 32;
-/// Most panels of such an item.
-const SIDE_BY_SIDE: usize = 4;
+/// Most of them, which share what the activations cost.
+const MOST_PAIRS: usize = 2;
 
 /// One matrix of a projection.
 #[derive(Debug)]
@@ -53,16 +51,9 @@ pub(crate) struct Target {
 }
 
 impl Projection {
-    /// Panels of an item of part `part`.
-    fn group(&self, part: usize, tokens: usize, threads: usize) -> usize {
-        match tokens {
-            MANY.. => {
-                let panels = self.parts[part].matrix.panels();
-                (panels / (threads * ITEMS)).clamp(2, SIDE_BY_SIDE) / 2 * 2
-            }
-            ..=FEW => 1,
-            _ => PAIR,
-        }
+    /// Panels of an item.
+    fn group(tokens: usize) -> usize {
+        if tokens <= FEW { 1 } else { PAIR }
     }
 
     /// Parts that give outputs side by side: a gate and its up matrix count as one.
@@ -75,22 +66,17 @@ impl Projection {
     }
 
     /// Number of work items.
-    pub(crate) fn items(&self, tokens: usize, threads: usize) -> usize {
-        let items = |p: usize| {
-            self.parts[p]
-                .matrix
-                .panels()
-                .div_ceil(self.group(p, tokens, threads))
-        };
+    pub(crate) fn items(&self, tokens: usize) -> usize {
+        let items = |p: usize| self.parts[p].matrix.panels().div_ceil(Self::group(tokens));
         (0..self.columns()).map(items).sum()
     }
 
     /// How many items a thread should take at a time, least and most.
-    pub(crate) fn runs(&self, tokens: usize, threads: usize) -> RangeInclusive<usize> {
+    pub(crate) fn runs(&self, tokens: usize) -> RangeInclusive<usize> {
         if tokens >= MANY {
-            return 1..=1;
+            return 1..=MOST_PAIRS;
         }
-        let item = self.parts[0].panel_bytes * self.group(0, tokens, threads);
+        let item = self.parts[0].panel_bytes * Self::group(tokens);
         (LEAST_BYTES / item).max(1)..=(MOST_BYTES / item).max(1)
     }
 
@@ -99,12 +85,11 @@ impl Projection {
         &self,
         items: Range<usize>,
         tokens: usize,
-        threads: usize,
     ) -> impl Iterator<Item = (usize, Range<usize>, usize)> {
         let (mut first, mut column) = (0, 0);
         (0..self.columns()).filter_map(move |part| {
             let matrix = &self.parts[part].matrix;
-            let (panels, group) = (matrix.panels(), self.group(part, tokens, threads));
+            let (panels, group) = (matrix.panels(), Self::group(tokens));
             let (start, at) = (first, column);
             first += panels.div_ceil(group);
             column += matrix.rows();
@@ -117,8 +102,8 @@ impl Projection {
     }
 
     /// What a thread reads first of a range of items; nothing if that is empty.
-    pub(crate) fn stream(&self, items: Range<usize>, tokens: usize, threads: usize) -> &[u8] {
-        let mut pieces = self.pieces(items, tokens, threads);
+    pub(crate) fn stream(&self, items: Range<usize>, tokens: usize) -> &[u8] {
+        let mut pieces = self.pieces(items, tokens);
         let first = pieces.next();
         first.map_or(&[], |(part, panels, _)| {
             self.parts[part].matrix.stream(panels.start)
@@ -126,8 +111,8 @@ impl Projection {
     }
 
     /// Output columns of a run of items.
-    pub(crate) fn span(&self, items: Range<usize>, tokens: usize, threads: usize) -> Range<usize> {
-        self.pieces(items, tokens, threads)
+    pub(crate) fn span(&self, items: Range<usize>, tokens: usize) -> Range<usize> {
+        self.pieces(items, tokens)
             .map(|(part, panels, column)| {
                 let rows = self.parts[part].matrix.rows();
                 column + panels.start * ROWS..column + rows.min(panels.end * ROWS)
@@ -145,13 +130,12 @@ impl Projection {
         &self,
         isa: Isa,
         items: Range<usize>,
-        threads: usize,
         acts: impl Fn(usize) -> &'a Acts,
         to: Target,
         scratch: &mut Vec<f32>,
     ) {
         let tokens = acts(self.parts[0].acts).tokens();
-        for (part, panels, column) in self.pieces(items, tokens, threads) {
+        for (part, panels, column) in self.pieces(items, tokens) {
             // SAFETY: as the caller says.
             unsafe { self.panels(isa, part, panels, column, &acts, to, scratch) };
         }

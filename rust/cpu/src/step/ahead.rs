@@ -45,9 +45,8 @@ impl<'a> Ahead<'a> {
         });
         let (step, reads) = next.unwrap_or((usize::MAX, None));
         let bytes = reads.map_or(&[][..], |(projection, tokens)| {
-            let threads = team.threads();
-            let share = team.stream_share(team.index(), projection.items(tokens, threads));
-            projection.stream(share, tokens, threads)
+            let share = team.stream_share(team.index(), projection.items(tokens));
+            projection.stream(share, tokens)
         });
         (self.step, self.bytes) = (step, &bytes[..bytes.len().min(MOST)]);
     }

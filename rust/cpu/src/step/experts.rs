@@ -97,19 +97,19 @@ impl Pass<'_> {
         team: &Team<'_>,
         own: &mut Own,
     ) {
-        let (threads, out) = (team.threads(), self.buffer(out));
+        let out = self.buffer(out);
         let Own {
             routes, scratch, ..
         } = own;
         let active = || {
             routes.active().map(|(e, slots)| {
                 let projection = projection(&mixture.members[e]);
-                let items = projection.items(slots.len(), threads);
+                let items = projection.items(slots.len());
                 (e, projection, slots, items)
             })
         };
         let (items, sizes) = active()
-            .map(|(_, projection, slots, items)| (items, projection.runs(slots.len(), threads)))
+            .map(|(_, projection, slots, items)| (items, projection.runs(slots.len())))
             .reduce(|(n, a), (m, b)| {
                 let least = (*a.start()).min(*b.start());
                 (n + m, least..=(*a.end()).max(*b.end()))
@@ -133,7 +133,7 @@ impl Pass<'_> {
                     let acts = |a: usize| unsafe { self.memory.expert_acts.get(3 * e + a) };
                     let items = here.start - first..here.end - first;
                     // SAFETY: as above.
-                    unsafe { projection.items_of(self.isa, items, threads, acts, to, scratch) };
+                    unsafe { projection.items_of(self.isa, items, acts, to, scratch) };
                 }
                 if run.end < first + items {
                     return;

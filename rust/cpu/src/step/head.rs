@@ -54,10 +54,10 @@ impl Pass<'_> {
             ..
         } = own;
         let mut rows: Vec<f32> = Vec::new();
-        let (projection, threads) = (&head.projection, team.threads());
-        let (items, sizes) = (projection.items(n, threads), projection.runs(n, threads));
+        let projection = &head.projection;
+        let (items, sizes) = (projection.items(n), projection.runs(n));
         team.for_runs(items, sizes, |run| {
-            let ids = projection.span(run.clone(), n, threads);
+            let ids = projection.span(run.clone(), n);
             rows.resize(n * ids.len(), 0.0);
             let to = Target {
                 at: rows.as_mut_ptr().wrapping_sub(ids.start),
@@ -66,7 +66,7 @@ impl Pass<'_> {
             // SAFETY: `rows` has a row of the run's columns for every token; the plan.
             unsafe {
                 let acts = |a| self.acts(acts, a);
-                projection.items_of(self.isa, run, threads, acts, to, scratch);
+                projection.items_of(self.isa, run, acts, to, scratch);
             };
             for (r, (logits, best)) in rows
                 .chunks_exact_mut(ids.len())

@@ -268,17 +268,14 @@ impl Pass<'_> {
 
     /// A projection of shared rows or of rows that every thread has for itself.
     fn project(&self, projection: &Projection, out: usize, team: &Team<'_>, own: &mut Own) {
-        let (threads, to) = (team.threads(), target(self.buffer(out)));
+        let to = target(self.buffer(out));
         let Own { acts, scratch, .. } = own;
         let tokens = self.ids.len();
-        let (items, sizes) = (
-            projection.items(tokens, threads),
-            projection.runs(tokens, threads),
-        );
+        let (items, sizes) = (projection.items(tokens), projection.runs(tokens));
         team.for_runs(items, sizes, |run| {
             let acts = |a| self.acts(acts, a);
             // SAFETY: the plan.
-            unsafe { projection.items_of(self.isa, run, threads, acts, to, scratch) };
+            unsafe { projection.items_of(self.isa, run, acts, to, scratch) };
         });
     }
 

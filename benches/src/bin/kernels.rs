@@ -200,7 +200,9 @@ fn best(
                         }
                         let range = from..matrix.panels().min(from + step);
                         // SAFETY: each range is taken once and `out` has a row for every token.
-                        unsafe { matrix.run(acts, range, { shared }.0, matrix.rows()) };
+                        unsafe {
+                            matrix.run(acts, 0..acts.tokens(), range, { shared }.0, matrix.rows());
+                        };
                     }
                     if barrier.wait().is_leader() {
                         tiles.store(0, Ordering::Relaxed);

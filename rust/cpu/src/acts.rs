@@ -18,6 +18,9 @@ use std::sync::Arc;
 use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch};
 use kbit_tensor::{Bytes, CHUNK, Error, Result, SUPER};
 
+/// Tokens that are whole tiles whatever the instruction set and form.
+pub const WHOLE_TILES: usize = 96;
+
 /// Sums kept per super-block: blocks of 16, 32, 64, 128 and 256 inputs.
 pub(crate) const SUMS: usize = 31;
 
@@ -250,6 +253,20 @@ impl Acts {
     /// Tiles to [`fill`](Self::fill), each a unit of work.
     pub fn tiles(&self) -> usize {
         self.tiles.len()
+    }
+
+    /// The tiles of some tokens.
+    ///
+    /// # Panics
+    /// When these are not whole tiles.
+    pub(crate) fn tiles_of(&self, tokens: Range<usize>) -> Range<usize> {
+        let (tile, all) = (self.shape.tile, self.tokens);
+        let ends = tokens.end == all || tokens.end < all && tokens.end.is_multiple_of(tile);
+        assert!(
+            tokens.start.is_multiple_of(tile) && ends,
+            "tokens {tokens:?} of {all} in tiles of {tile}"
+        );
+        tokens.start / tile..tokens.end.div_ceil(tile)
     }
 
     /// Converts the rows of `tiles`: row t starts at `x + t * stride`.

@@ -66,7 +66,7 @@ pub fn matmul(
         pool::run(threads, cancel, &|team| {
             team.for_runs(matrix.panels(), 1..=RUN, |panels| {
                 // SAFETY: `y` has a place for every token and row, and every panel goes to one thread.
-                unsafe { matrix.run(acts, panels, y.0, rows) };
+                unsafe { matrix.run(acts, 0..acts.tokens(), panels, y.0, rows) };
             });
             team.barrier()
         })?;

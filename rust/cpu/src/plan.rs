@@ -306,7 +306,9 @@ impl<'a> Planner<'a> {
             || writes
                 .iter()
                 .any(|t| self.written.contains(t) || self.read.contains(t));
-        let barrier = conflict || self.loops == crate::pool::LOOPS;
+        // The last items of a matrix are a loop of their own.
+        let loops = 1 + usize::from(matches!(work, Work::Linear(_)));
+        let barrier = conflict || self.loops + loops > crate::pool::LOOPS;
         if barrier {
             self.read.clear();
             self.written.clear();
@@ -314,7 +316,7 @@ impl<'a> Planner<'a> {
         }
         self.read.extend(reads);
         self.written.extend(writes);
-        self.loops += 1;
+        self.loops += loops;
         self.steps.push(Step { barrier, work });
     }
 }

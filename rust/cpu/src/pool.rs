@@ -22,7 +22,7 @@ use kbit_tensor::{Error, Result};
 /// More threads than this are refused.
 pub const MAX_THREADS: usize = 256;
 /// Loops between two barriers.
-pub(crate) const LOOPS: usize = 4;
+pub(crate) const LOOPS: usize = 8;
 /// A thread helps at most so many neighbours, so that the end of a loop stays cheap on large machines.
 const REACH: usize = 16;
 /// What the ends of shares of streams are parts of.
@@ -462,6 +462,11 @@ impl Team<'_> {
     /// This thread, `0..threads`.
     pub(crate) fn index(&self) -> usize {
         self.index
+    }
+
+    /// Threads of the team.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
     }
 
     /// Waits for all threads; what they wrote before is seen after.

@@ -121,23 +121,25 @@ impl Projection {
             .unwrap_or(0..0)
     }
 
-    /// Computes a run of items for all tokens of the activations.
+    /// Computes a run of items for some tokens, whole tiles of the activations.
     ///
     /// # Safety
     /// `acts` gives filled activations of the same number of tokens; `to` has a row of all outputs for each, of which no
-    /// other thread touches these items' columns.
+    /// other thread touches these items' columns of these tokens.
     pub(crate) unsafe fn items_of<'a>(
         &self,
         isa: Isa,
         items: Range<usize>,
+        tokens: Range<usize>,
         acts: impl Fn(usize) -> &'a Acts,
         to: Target,
         scratch: &mut Vec<f32>,
     ) {
-        let tokens = acts(self.parts[0].acts).tokens();
-        for (part, panels, column) in self.pieces(items, tokens) {
+        let all = acts(self.parts[0].acts).tokens();
+        for (part, panels, column) in self.pieces(items, all) {
+            let tokens = tokens.clone();
             // SAFETY: as the caller says.
-            unsafe { self.panels(isa, part, panels, column, &acts, to, scratch) };
+            unsafe { self.panels(isa, part, panels, column, tokens, &acts, to, scratch) };
         }
     }
 
@@ -151,12 +153,12 @@ impl Projection {
         first: usize,
         panels: Range<usize>,
         column: usize,
+        tokens: Range<usize>,
         acts: &impl Fn(usize) -> &'a Acts,
         to: Target,
         scratch: &mut Vec<f32>,
     ) {
         let part = &self.parts[first];
-        let tokens = acts(part.acts).tokens();
         let rows = panels.start * ROWS..part.matrix.rows().min(panels.end * ROWS);
         let column = column + rows.start;
         if self.epilogue == Epilogue::Store && part.bias.is_none() {
@@ -164,6 +166,7 @@ impl Projection {
             unsafe {
                 part.matrix.run(
                     acts(part.acts),
+                    tokens,
                     panels,
                     to.at.add(column).sub(rows.start),
                     to.stride,
@@ -172,22 +175,24 @@ impl Projection {
             return;
         }
         let width = panels.len() * ROWS;
+        let size = tokens.len() * width;
         let gated = is_gated(self.epilogue);
-        let wanted = tokens * width * if gated { 2 } else { 1 };
+        let wanted = size * if gated { 2 } else { 1 };
         // Not made shorter, as growing it again would write zeros.
         if scratch.len() < wanted {
             scratch.resize(wanted, 0.0);
         }
         let mut compute = |p: usize| {
             let part = &self.parts[first + p];
-            let at = scratch[p * tokens * width..].as_mut_ptr();
-            // SAFETY: the scratch holds `tokens` rows of `width` for each part; the kernel writes at feature numbers,
-            // which start at `rows.start`.
+            let at = scratch[p * size..].as_mut_ptr();
+            // SAFETY: the scratch holds a row of `width` for each of `tokens` and part; the kernel writes at numbers of tokens and
+            // features, which start at `tokens.start` and `rows.start`.
             unsafe {
                 part.matrix.run(
                     acts(part.acts),
+                    tokens.clone(),
                     panels.clone(),
-                    at.wrapping_sub(rows.start),
+                    at.wrapping_sub(tokens.start * width + rows.start),
                     width,
                 );
             };
@@ -196,7 +201,7 @@ impl Projection {
         if gated {
             compute(1);
         }
-        let (y, up) = scratch.split_at(tokens * width);
+        let (y, up) = scratch.split_at(size);
         let bias = |p: usize| {
             self.parts[first + p]
                 .bias
@@ -222,10 +227,10 @@ impl Projection {
     }
 }
 
-/// Epilogue of some panels: `y` (and `up`), (tokens, width) of which `n` columns count, into `to` from `column` on.
+/// Epilogue of some panels: `y` (and `up`), (tokens, width) of which `n` columns count, into these rows of `to` from `column` on.
 struct Apply<'a> {
     epilogue: Epilogue,
-    tokens: usize,
+    tokens: Range<usize>,
     n: usize,
     width: usize,
     y: &'a [f32],
@@ -244,8 +249,8 @@ impl SimdOp for Apply<'_> {
             let v = load(s, y);
             bias.map_or(v, |b| s.add(v, load(s, &b[at..at + y.len()])))
         };
-        for token in 0..self.tokens {
-            let row = token * self.width;
+        for (row, token) in self.tokens.enumerate() {
+            let row = row * self.width;
             // SAFETY: `Projection::items_of`'s caller gives this thread these columns.
             let out = unsafe {
                 std::slice::from_raw_parts_mut(

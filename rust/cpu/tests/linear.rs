@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use common::{Random, random_codebook, random_matrix, random_row};
 use emulator::instruction_sets;
-use kbit_cpu::acts::Acts;
+use kbit_cpu::acts::{Acts, WHOLE_TILES};
 use kbit_cpu::linear::{Matrix, trace};
 use kbit_simd::Isa;
 use kbit_tensor::program::Activations;
@@ -185,7 +185,7 @@ fn on_threads(matrix: &Matrix, isa: Isa, x: &[f32], tokens: usize, threads: usiz
         for t in 0..threads {
             let (acts, range) = (&acts, t * panels / threads..(t + 1) * panels / threads);
             // SAFETY: the ranges are disjoint and `out` has a row for every token.
-            scope.spawn(move || unsafe { matrix.run(acts, range, { at }.0, stride) });
+            scope.spawn(move || unsafe { matrix.run(acts, 0..tokens, range, { at }.0, stride) });
         }
     });
     for row in out.chunks(stride) {
@@ -356,7 +356,8 @@ fn every_batch_gives_the_bits_of_one_token() {
     }
 }
 
-/// More tokens than have room for their results at a time (`RESULTS` in `tiles.rs`), which are done one lot after the other.
+/// More tokens than have room for their results at a time (`RESULTS` in `tiles.rs`), which are done one lot after the other; and tokens that
+/// a caller cuts itself.
 #[test]
 fn many_tokens_give_the_bits_of_a_few() {
     let mut random = Random::new(3);
@@ -375,19 +376,52 @@ fn many_tokens_give_the_bits_of_a_few() {
     for scales in scales {
         let codebook = random_codebook(&mut random, 4, &scales, true);
         let k = random_matrix(&mut random, 4, rows, inputs, codebook, &scales, false);
-        let matrix = Matrix::prepare(&Weight::Quantised(k), Activations::Int8).expect("a matrix");
         let x: Vec<f32> = (0..tokens)
             .flat_map(|_| random_row(&mut random, inputs))
             .collect();
-        for isa in instruction_sets() {
-            let few: Vec<f32> = x
-                .chunks(40 * inputs)
-                .flat_map(|some| matrix.multiply(isa, some).expect("memory"))
-                .collect();
-            let all = matrix.multiply(isa, &x).expect("memory");
-            assert!(bits(&all) == bits(&few), "{isa}, {scales:?}");
+        for activations in [Activations::Int8, Activations::F32] {
+            let weight = Weight::Quantised(k.clone());
+            let matrix = Matrix::prepare(&weight, activations).expect("a matrix");
+            for isa in instruction_sets() {
+                let few: Vec<f32> = x
+                    .chunks(40 * inputs)
+                    .flat_map(|some| matrix.multiply(isa, some).expect("memory"))
+                    .collect();
+                let all = matrix.multiply(isa, &x).expect("memory");
+                assert!(bits(&all) == bits(&few), "{isa}, {scales:?}");
+
+                let mut acts = Acts::new().expect("memory");
+                acts.reserve(isa, matrix.input(), tokens).expect("memory");
+                acts.fill_all(&x, inputs);
+                let mut cut = vec![f32::NAN; tokens * rows];
+                for part in [WHOLE_TILES..960, 960..tokens, 0..WHOLE_TILES] {
+                    // SAFETY: there is a place for every token and row.
+                    unsafe { matrix.run(&acts, part, 0..matrix.panels(), cut.as_mut_ptr(), rows) };
+                }
+                assert!(bits(&cut) == bits(&few), "{isa}, {scales:?}, cut");
+            }
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "tokens 0..50 of 100 in tiles of")]
+fn tokens_are_cut_between_tiles_only() {
+    let mut random = Random::new(3);
+    let scales = Scales::Ladder {
+        block: 32,
+        ladder: random.ladder(),
+    };
+    let codebook = random_codebook(&mut random, 4, &scales, true);
+    let k = random_matrix(&mut random, 4, 16, 64, codebook, &scales, false);
+    let matrix = Matrix::prepare(&Weight::Quantised(k), Activations::Int8).expect("a matrix");
+    let mut acts = Acts::new().expect("memory");
+    acts.reserve(Isa::Scalar, matrix.input(), 100)
+        .expect("memory");
+    acts.fill_all(&[1.0; 6400], 64);
+    let mut out = vec![0.0; 1600];
+    // SAFETY: it panics before it writes.
+    unsafe { matrix.run(&acts, 0..50, 0..1, out.as_mut_ptr(), 16) };
 }
 
 #[test]

@@ -68,8 +68,10 @@ impl Attention {
             for kv_head in 0..self.kv_heads {
                 if !is_split(view.tokens, whole) {
                     let block = (QUERIES / group).clamp(4, 64);
+                    // The longest contexts first: threads finish together only if what comes last is short.
                     let blocks = (0..view.tokens)
                         .step_by(block)
+                        .rev()
                         .map(|from| from..view.tokens.min(from + block));
                     work.items.extend(blocks.map(|tokens| Item {
                         view: v,

@@ -91,9 +91,16 @@ thread_local! {
     static SCRATCH: RefCell<Vec<[f32; LANES]>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Panels `panels` for all tokens.
+/// Panels `panels` for some tiles of tokens.
 #[inline(always)]
-pub(super) fn run<S: Simd>(s: S, source: &Source<'_>, acts: &Acts, panels: Range<usize>, out: Out) {
+pub(super) fn run<S: Simd>(
+    s: S,
+    source: &Source<'_>,
+    acts: &Acts,
+    tiles: Range<usize>,
+    panels: Range<usize>,
+    out: Out,
+) {
     let inputs = acts.input().inputs;
     if let (Source::Dense(dense), 1) = (source, acts.tokens()) {
         return s.run(One {
@@ -116,7 +123,7 @@ pub(super) fn run<S: Simd>(s: S, source: &Source<'_>, acts: &Acts, panels: Range
                 inputs,
                 to: scratch,
             });
-            for index in 0..acts.tiles() {
+            for index in tiles.clone() {
                 let job = Job {
                     weights: scratch,
                     tile: *acts.tile(index),

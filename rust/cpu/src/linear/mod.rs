@@ -182,15 +182,23 @@ impl Matrix {
         }
     }
 
-    /// Writes output features `16 * panels.start .. 16 * panels.end` (as far as there are) of every token:
-    /// feature r of token t at `out + t * stride + r`. The result does not depend on how panels are split.
+    /// Writes output features `16 * panels.start .. 16 * panels.end` (as far as there are) of some tokens:
+    /// feature r of token t at `out + t * stride + r`. The result does not depend on how tokens and panels are split.
     ///
     /// # Panics
-    /// When `acts` were made for another [`Input`] or `panels` are out of range.
+    /// When `acts` were made for another [`Input`], `panels` are out of range or `tokens` begin or end inside a tile: multiples of
+    /// [`WHOLE_TILES`](crate::acts::WHOLE_TILES) do not.
     ///
     /// # Safety
     /// Those places are writable and no other thread uses them; `acts` are filled.
-    pub unsafe fn run(&self, acts: &Acts, panels: Range<usize>, out: *mut f32, stride: usize) {
+    pub unsafe fn run(
+        &self,
+        acts: &Acts,
+        tokens: Range<usize>,
+        panels: Range<usize>,
+        out: *mut f32,
+        stride: usize,
+    ) {
         assert!(
             *acts.input() == self.input,
             "activations made for {:?}, wanted {:?}",
@@ -202,11 +210,12 @@ impl Matrix {
             "panels {panels:?} of {}",
             self.panels()
         );
-        if panels.is_empty() || acts.tokens() == 0 {
+        let tiles = acts.tiles_of(tokens);
+        if panels.is_empty() || tiles.is_empty() {
             return;
         }
-        if panels.start == 0 {
-            // A product counts once, however threads share its panels.
+        if panels.start == 0 && tiles.start == 0 {
+            // A product counts once, however threads share its panels and tokens.
             trace::count(|| format!("{} {} m{}", self.kind(), acts.isa(), acts.tokens()));
         }
         let out = Out {
@@ -227,16 +236,18 @@ impl Matrix {
                     decoder,
                     scale,
                     acts,
+                    tiles,
                     panels,
                     out,
                 },
             ),
             Store::Floats(weight) => {
                 let source = float::Source::Quantised(weight);
-                dispatch(isa, Floats(source, acts, panels, out));
+                dispatch(isa, Floats(source, acts, tiles, panels, out));
             }
             Store::Dense(dense) => {
-                dispatch(isa, Floats(float::Source::Dense(dense), acts, panels, out));
+                let source = float::Source::Dense(dense);
+                dispatch(isa, Floats(source, acts, tiles, panels, out));
             }
         }
     }
@@ -252,7 +263,15 @@ impl Matrix {
         acts.fill_all(x, self.inputs);
         let mut out = vec![0.0; tokens * self.rows];
         // SAFETY: `out` has a place for every token and row, and only this thread writes.
-        unsafe { self.run(&acts, 0..self.panels(), out.as_mut_ptr(), self.rows) };
+        unsafe {
+            self.run(
+                &acts,
+                0..tokens,
+                0..self.panels(),
+                out.as_mut_ptr(),
+                self.rows,
+            );
+        };
         Ok(out)
     }
 
@@ -272,6 +291,7 @@ struct Codes<'a> {
     decoder: &'a Decoder,
     scale: &'a Scale,
     acts: &'a Acts,
+    tiles: Range<usize>,
     panels: Range<usize>,
     out: Out,
 }
@@ -281,32 +301,32 @@ impl SimdOp for Codes<'_> {
     const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Self {
-            source,
-            decoder,
-            scale,
-            acts,
-            panels,
-            out,
-        } = self;
-        if const { S::DIRECT > 0 } && acts.tokens() <= S::DIRECT {
-            let (tile, panels) = (acts.tile(0), panels.clone());
-            if direct::run(s, &source, decoder, scale, tile, panels, out) {
+        if const { S::DIRECT > 0 } && self.acts.tokens() <= S::DIRECT {
+            let (tile, panels) = (self.acts.tile(0), self.panels.clone());
+            if direct::run(
+                s,
+                &self.source,
+                self.decoder,
+                self.scale,
+                tile,
+                panels,
+                self.out,
+            ) {
                 return;
             }
         }
-        tiles::run(s, &source, decoder, scale, acts, panels, out);
+        tiles::run(s, self);
     }
 }
 
 /// The float path.
-struct Floats<'a>(float::Source<'a>, &'a Acts, Range<usize>, Out);
+struct Floats<'a>(float::Source<'a>, &'a Acts, Range<usize>, Range<usize>, Out);
 
 impl SimdOp for Floats<'_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Self(source, acts, panels, out) = self;
-        float::run(s, &source, acts, panels, out);
+        let Self(source, acts, tiles, panels, out) = self;
+        float::run(s, &source, acts, tiles, panels, out);
     }
 }

@@ -10,10 +10,10 @@ use std::ops::Range;
 use kbit_simd::{Simd, SimdOp, dispatch};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
-use super::Out;
-use super::codes::{Decode, Decoder, Panels, with_decode};
+use super::Codes;
+use super::codes::{Decode, Decoder, with_decode};
 use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
-use crate::acts::{Acts, Tile};
+use crate::acts::Tile;
 
 /// Bytes of results of some panels at most; more tokens than have room there are done one after the other.
 const RESULTS: usize = 256 << 10;
@@ -38,25 +38,10 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Panels `panels` for all tokens.
+/// Some panels for some tiles of tokens.
 #[inline(always)]
-pub(super) fn run<S: Simd>(
-    s: S,
-    source: &Panels<'_>,
-    decoder: &Decoder,
-    scale: &Scale,
-    acts: &Acts,
-    panels: Range<usize>,
-    out: Out,
-) {
-    let job = Job {
-        source,
-        decoder,
-        scale,
-        acts,
-        panels,
-        out,
-    };
+pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
+    let scale = job.scale;
     macro_rules! tiles {
         ($m:literal) => {
             match (scale.unrolled(), scale.has_subs()) {
@@ -88,20 +73,10 @@ pub(super) fn run<S: Simd>(
     s.end_products();
 }
 
-/// What there is to do.
-struct Job<'a> {
-    source: &'a Panels<'a>,
-    decoder: &'a Decoder,
-    scale: &'a Scale,
-    acts: &'a Acts,
-    panels: Range<usize>,
-    out: Out,
-}
-
 /// `P` panels at a time by tiles of `M` tokens; scales by blocks of `BLOCK` inputs, with integers below them or not (`SUBS`).
 struct Tiles<'a, S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>(
     S,
-    Job<'a>,
+    Codes<'a>,
 );
 
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
@@ -111,15 +86,15 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
     #[inline(always)]
     fn eval<T: Simd>(self, _: T) {
         let job = &self.1;
-        let tiles = job.acts.tiles();
-        let side = if P == 1 && tiles >= MANY {
+        let tiles = job.tiles.clone();
+        let side = if P == 1 && tiles.len() >= MANY {
             Self::STAGED
         } else {
             P
         };
         // Up to `Simd::DIRECT` tokens are one tile, which may be larger than others.
         let places = M.max(job.acts.tile(0).padded);
-        let band = tiles.min(RESULTS / 64 / (side * places));
+        let band = tiles.len().min(RESULTS / 64 / (side * places));
         let lines = STAGE / 64 + band * side * places;
         // Out of its place meanwhile: what a closure holds is not always compiled for the instruction set.
         let mut scratch = SCRATCH.take();
@@ -134,8 +109,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             places,
         };
         let unpack = dispatch(S::ISA, Find(job.decoder));
-        for first in (0..tiles).step_by(band) {
-            let tiles = first..tiles.min(first + band);
+        for first in tiles.clone().step_by(band) {
+            let tiles = first..tiles.end.min(first + band);
             for first in job.panels.clone().step_by(side) {
                 let panels = first..job.panels.end.min(first + side);
                 self.panels(panels, tiles.clone(), unpack, &room);

@@ -133,7 +133,9 @@ impl Pass<'_> {
                     let acts = |a: usize| unsafe { self.memory.expert_acts.get(3 * e + a) };
                     let items = here.start - first..here.end - first;
                     // SAFETY: as above.
-                    unsafe { projection.items_of(self.isa, items, acts, to, scratch) };
+                    unsafe {
+                        projection.items_of(self.isa, items, 0..slots.len(), acts, to, scratch);
+                    };
                 }
                 if run.end < first + items {
                     return;

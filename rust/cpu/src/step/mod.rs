@@ -17,7 +17,7 @@ use kbit_simd::{Isa, dispatch};
 use kbit_tensor::program::CacheType;
 use kbit_tensor::{Error, Result};
 
-use crate::acts::Acts;
+use crate::acts::{Acts, WHOLE_TILES};
 use crate::attention::{self, Shared, View};
 use crate::buffers::{Cells, Rows};
 use crate::cache::HeadLayout;
@@ -30,6 +30,10 @@ use crate::pool::{Stop, Team};
 use crate::prepare::Model;
 use crate::project::{Projection, Target};
 use crate::rope::Tables;
+
+/// Tokens of a long prompt that the last items of a matrix are cut into, so that threads finish together. Decoding weights again for each
+/// costs less.
+const CUT: usize = 2 * WHOLE_TILES;
 
 /// Memory of one thread.
 pub(crate) struct Own {
@@ -271,11 +275,23 @@ impl Pass<'_> {
         let to = target(self.buffer(out));
         let Own { acts, scratch, .. } = own;
         let tokens = self.ids.len();
-        let (items, sizes) = (projection.items(tokens), projection.runs(tokens));
-        team.for_runs(items, sizes, |run| {
+        let mut compute = |items, tokens| {
             let acts = |a| self.acts(acts, a);
             // SAFETY: the plan.
-            unsafe { projection.items_of(self.isa, run, acts, to, scratch) };
+            unsafe { projection.items_of(self.isa, items, tokens, acts, to, scratch) };
+        };
+        let (items, cuts) = (projection.items(tokens), tokens.div_ceil(CUT));
+        let last = if cuts > 1 {
+            items.min(team.threads())
+        } else {
+            0
+        };
+        team.for_runs(items - last, projection.runs(tokens), |run| {
+            compute(run, 0..tokens);
+        });
+        team.for_each(last * cuts, |i| {
+            let (item, from) = (items - last + i / cuts, i % cuts * CUT);
+            compute(item..item + 1, from..tokens.min(from + CUT));
         });
     }
 

@@ -418,7 +418,7 @@ fn tokens_are_cut_between_tiles_only() {
     let mut acts = Acts::new().expect("memory");
     acts.reserve(Isa::Scalar, matrix.input(), 100)
         .expect("memory");
-    acts.fill_all(&[1.0; 6400], 64);
+    acts.fill_all(&vec![1.0; 6400], 64);
     let mut out = vec![0.0; 1600];
     // SAFETY: it panics before it writes.
     unsafe { matrix.run(&acts, 0..50, 0..1, out.as_mut_ptr(), 16) };

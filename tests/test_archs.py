@@ -245,7 +245,7 @@ def test_every_product_runs_on_k_bit_kernels(case, tmp_path):
     assert all(name.endswith(" m1") for name in seen)
     assert sum(kernels.values()) == expected * steps
     at_bits = sum(n for name, n in kernels.items() if name.startswith(f"k{bits} "))
-    assert at_bits == (expected - 1) * steps  # the head has at least 6 bits
+    assert at_bits == (expected - 1) * steps  # the head has one bit more
     assert expected >= 6 * len(model.spec.layers)
 
 

@@ -201,6 +201,21 @@ def test_perplexity_table(run, run_json, plain, tmp_path):
     ]
 
 
+def test_perplexity_beside_other_models(run, run_json, plain, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    saved, size = tmp_path / "saved", ["--window", 64]
+    with kbit.load(plain, bits=3) as model:
+        model.save(saved)
+    rows = run_json("perplexity", plain, text, "--bits", 3, "--models", saved, *size)["rows"]
+    assert [row.pop("bits") for row in rows] == ["as stored", "3", str(saved)]
+    assert rows[2] == rows[1] != rows[0]
+    stories = kbit.__path__[0] + "/models/stories"
+    code, _, error = run("perplexity", plain, text, "--models", stories, *size)
+    assert code == 1
+    assert "same vocabulary" in error
+
+
 # bench and doctor
 
 

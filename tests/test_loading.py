@@ -134,7 +134,7 @@ def test_widths_land_where_the_plan_says(plain):
     with kbit.load(plain, bits={"lm_head": 8, "mlp.down": 3, "*": 4}) as model:
         bits = {name: weight.bits for name, weight in model.weights.items()}
     assert bits["head.weight"] == 8
-    assert bits["embed.weight"] == 6
+    assert bits["embed.weight"] == 5
     assert bits["layers.1.mlp.down.weight"] == 3
     assert bits["layers.1.attn.q.weight"] == 4
     assert bits["final_norm.weight"] is None

@@ -76,8 +76,9 @@ def load(
     Args:
         name: A Hugging Face directory, a `.safetensors` or `.gguf` file, a directory that `Model.save` wrote, or a
             hub id (`owner/name`, or `owner/name/file.gguf`); None: the small story teller that comes with kbit.
-        bits: Width that matrices are quantised to while they are read, 2..8, the embedding and the output head at
-            least 6; or widths by pattern, such as `{"lm_head": 8, "*": 4}` (see `kbit.BitsPlan`); None: as stored.
+        bits: Width that matrices are quantised to while they are read, 2..8, the embedding and the output head one
+            bit more, at least 4; or widths by pattern, such as `{"lm_head": 8, "*": 4}` (see `kbit.BitsPlan`);
+            None: as stored.
         dtype: Of weights that are not quantised: `"f32"`, `"f16"`, `"bf16"`; None: as stored. `"f32"` gives the
             reference path, with an f32 cache.
         device: `"cpu"` or `"gpu"`; None: `KBIT_DEVICE`, then `"cpu"`.

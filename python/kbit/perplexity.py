@@ -64,10 +64,16 @@ def compare(
     """Measures `reference` and then `models` on the same windows; all of them stay in memory.
 
     Raises:
-        ValueError: Fewer than two ids, or a window under 2.
+        ValueError: Fewer than two ids, a window under 2, or models whose vocabularies differ in size.
     """
     _check(ids, window)
     everyone = [reference, *models]
+    for model in models:
+        if (n := model.spec.vocab_size) != reference.spec.vocab_size:
+            raise ValueError(
+                f"{reference.name} has {reference.spec.vocab_size} tokens and {model.name} {n}: "
+                "only models over the same vocabulary can be compared"
+            )
     nll = np.zeros(len(everyone))
     kl = np.zeros(len(everyone))
     count = 0

@@ -13,8 +13,6 @@ from kbit import _core
 from kbit._core import Weight
 
 MIN_BITS, MAX_BITS = 2, 8
-HEAD_BITS = 6
-"""Least width of the embedding and the output head, unless a pattern says otherwise: they cost most per bit saved."""
 DTYPES = ("f32", "f16", "bf16")
 
 Bits = int | Mapping[str, int | str | None] | None
@@ -28,21 +26,32 @@ class Storage(NamedTuple):
     dtype: str | None = None
 
 
+def head_bits(bits: int) -> int:
+    """Width of the embedding and the output head of a model in `bits` bits: one more, at least 4.
+
+    Of all places for one more bit, theirs buys most (docs/formats.md).
+
+    >>> [head_bits(k) for k in range(2, 9)]
+    [4, 4, 5, 6, 7, 8, 8]
+    """
+    return min(max(bits + 1, 4), MAX_BITS)
+
+
 class BitsPlan:
     """The answer to `load(bits=...)` for each weight.
 
-    A number k quantises every matrix to k bits, the embedding and the output head to max(k, 6). A mapping gives
-    widths (2..8), dtypes (`"f32"`, `"f16"`, `"bf16"`) or None (as stored) by pattern: a run of whole dot-separated
-    parts of a weight's canonical or checkpoint name, with `*` and `?` as wildcards (`"lm_head"`, `"mlp.down"`,
-    `"layers.0"`, `"layers.*.attn.v"`). Of several patterns that fit, the one with the most characters besides
-    wildcards wins, whatever the order; `"*"` alone stands for the plain k, with its exception for the head.
+    A number k quantises every matrix to k bits, the embedding and the output head to one more (`head_bits`). A
+    mapping gives widths (2..8), dtypes (`"f32"`, `"f16"`, `"bf16"`) or None (as stored) by pattern: a run of whole
+    dot-separated parts of a weight's canonical or checkpoint name, with `*` and `?` as wildcards (`"lm_head"`,
+    `"mlp.down"`, `"layers.0"`, `"layers.*.attn.v"`). Of several patterns that fit, the one with the most characters
+    besides wildcards wins, whatever the order; `"*"` alone stands for the plain k, with its exception for the head.
     Vectors (norms, biases), routers and learned positions stay f32 unless a pattern other than `"*"` names them.
 
     >>> plan = BitsPlan({"lm_head": 8, "*": 4})
     >>> plan.storage("head.weight", ["lm_head.weight"], (512, 64))
     Storage(bits=8, dtype=None)
     >>> plan.storage("embed.weight", ["model.embed_tokens.weight"], (512, 64))
-    Storage(bits=6, dtype=None)
+    Storage(bits=5, dtype=None)
 
     Raises:
         ValueError: A width or dtype that there is not.
@@ -98,7 +107,7 @@ class BitsPlan:
             return Storage(dtype="f32")
         bits, dtype = self._base
         if bits is not None and canonical in ("embed.weight", "head.weight"):
-            bits = max(bits, HEAD_BITS)
+            bits = head_bits(bits)
         return Storage(bits, dtype)
 
     def check_used(self, names: Collection[str]) -> None:

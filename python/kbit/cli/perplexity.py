@@ -26,9 +26,10 @@ from kbit.perplexity import WINDOW, compare
 EXAMPLES = """\
   kbit perplexity ./my-model wiki.txt
   kbit perplexity ./my-model wiki.txt --bits 8 6 5 4 3 2 --window 512
+  kbit perplexity ./my-model wiki.txt --bits 4 --models my-model-Q4_0.gguf my-model-Q4_K_M.gguf
 
 The first row is the model as stored with unquantised activations and cache; KL is the mean divergence from it in nats
-per token. Bits per weight count every constant and all padding. All widths are in memory at once."""
+per token. Bits per weight count every constant and all padding. All models are in memory at once."""
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
         commands,
         "perplexity",
         run,
-        "measure how well a model predicts a text, at several widths",
+        "measure how well a model predicts a text, at several widths or beside others",
         EXAMPLES,
     )
     model_and(parser, "text", "UTF-8 file; - reads standard input")
@@ -51,6 +52,10 @@ def add(commands: Commands) -> None:
         help="widths to compare",
     )
     parser.add_argument(
+        "--models", nargs="+", default=[], metavar="PATH",
+        help="other forms of the model to compare, as stored, on the same token ids",
+    )  # fmt: skip
+    parser.add_argument(
         "--window", type=positive, default=WINDOW, metavar="N",
         help=f"tokens read at once, without overlap (default: {WINDOW})",
     )  # fmt: skip
@@ -59,7 +64,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one table: the model as stored, then each width."""
+    """Prints one table: the model as stored, then each width, then the other models."""
     if args.window < 2:
         raise UsageError(f"--window {args.window}: scoring a token needs one before it")
     options = model_options(args)
@@ -69,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
         exact: dict[str, Any] = options | {"activations": "f32", "kv": args.kv or "f32"}
         reference = stack.enter_context(load(args.model, dtype=args.dtype, **exact))
         models = [stack.enter_context(load(args.model, bits=k, **options)) for k in args.widths]
+        models += [stack.enter_context(load(path, **options)) for path in args.models]
         ids = reference.tokenize(text, add_special_tokens=False)[: args.limit]
         rows = compare(reference, models, ids, args.window)
-    names = ["as stored", *map(_name, args.widths)]
+    names = ["as stored", *map(_name, args.widths), *args.models]
     if args.json:
         found = [{"bits": n} | dataclasses.asdict(r) for n, r in zip(names, rows, strict=True)]
         print_json({"model": reference.name, "window": args.window, "rows": found})

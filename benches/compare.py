@@ -41,7 +41,7 @@ DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
 DECODES = 3
 """Further passes of every round, that measure decode only."""
-SMALL = {"load", "first_token", "peak", "resident", "read"}
+SMALL = {"load", "first_token", "peak", "resident", "read", "near", "far"}
 """Figures of which the least counts; of `beside` it is the median, of others the largest."""
 
 Measures = dict[str, float]
@@ -75,6 +75,10 @@ class Row:
 
     def __getitem__(self, key: str) -> float:
         """A figure; not a number where there is none."""
+        if key == "prefill" and "near" in self.found:
+            # Of two prompts, each at its best: the difference of two in one round is mostly that of its minutes.
+            seconds = self["far"] - self["near"]
+            return 512 / seconds if seconds > 0 else float("nan")
         values = self.found.get(key, [float("nan")])
         if key == "beside":
             return statistics.median(values)

@@ -307,7 +307,7 @@ if what != "depth":
     out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in (300, 350))
 else:
     near, far = ask(400, 4096, 129), ask(500, 4096 + 512, 1)
-    out["prefill"] = rate(512, far.total_prompt_time_sec - near.total_prompt_time_sec)
+    out |= {"near": near.total_prompt_time_sec, "far": far.total_prompt_time_sec}
     out["decode"] = rate(128, near.total_completion_time_sec)
 out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps(out))
@@ -315,7 +315,10 @@ print(json.dumps(out))
 
 
 def mistral(peers: Peers, model: Path, threads: int, what: str, timeout: float) -> dict[str, float]:
-    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, decode, or depth for those behind 4096."""
+    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, decode, or depth for decode behind 4096.
+
+    Depth also gives the seconds of a prompt of 4096 tokens (`near`) and of 512 more (`far`).
+    """
     env = {
         "RAYON_NUM_THREADS": str(threads),
         "CANDLE_NUM_THREADS": str(threads),

@@ -39,7 +39,7 @@ NEAREST = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_0", 5: "Q5_K_M", 6: "Q6_K", 7: "Q8_0",
 SAME_FILE = ("Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
-DECODES = 3
+DECODES = 5
 """Further passes of every round, that measure decode only."""
 SMALL = {"load", "first_token", "peak", "resident", "read", "near", "far"}
 """Figures of which the least counts; of `beside` it is the median, of others the largest."""

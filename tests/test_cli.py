@@ -204,14 +204,17 @@ def test_perplexity_table(run, run_json, plain, tmp_path):
 def test_perplexity_beside_other_models(run, run_json, plain, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
-    saved, size = tmp_path / "saved", ["--window", 64]
+    saved = tmp_path / "saved"
     with kbit.load(plain, bits=3) as model:
         model.save(saved)
-    rows = run_json("perplexity", plain, text, "--bits", 3, "--models", saved, *size)["rows"]
+        context = model.context
+    found = run_json("perplexity", plain, text, "--bits", 3, "--models", saved)
+    assert found["window"] == min(256, context)
+    rows = found["rows"]
     assert [row.pop("bits") for row in rows] == ["as stored", "3", str(saved)]
     assert rows[2] == rows[1] != rows[0]
     stories = kbit.__path__[0] + "/models/stories"
-    code, _, error = run("perplexity", plain, text, "--models", stories, *size)
+    code, _, error = run("perplexity", plain, text, "--models", stories)
     assert code == 1
     assert "same vocabulary" in error
 

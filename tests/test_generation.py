@@ -302,6 +302,10 @@ def test_perplexity_is_that_of_the_scores(stories):
             stories.perplexity(text, window=wrong)
     with pytest.raises(ValueError, match="at least 2"):
         stories.perplexity([5])
+    with pytest.raises(kbit.ContextOverflowError):
+        stories.perplexity(np.zeros(stories.context + 1, np.uint32), window=stories.context + 1)
+    with kbit.load(context=16) as short:
+        assert short.perplexity(text) == stories.perplexity(text, window=16)
 
 
 def test_forward_is_causal_and_complete(stories):

@@ -357,8 +357,17 @@ class Model:
             )
         return self.engine.score(ids, start)
 
-    def perplexity(self, text: Prompt, *, window: int = perplexity.WINDOW) -> float:
-        """The exponential of the mean negative log-likelihood of a text, in windows of `window` tokens, no overlap."""
+    def perplexity(self, text: Prompt, *, window: int | None = None) -> float:
+        """The exponential of the mean negative log-likelihood of a text, in windows of `window` tokens, no overlap.
+
+        Args:
+            text: A text, or its token ids.
+            window: Tokens read at once; None: 256, or the context if that is shorter.
+
+        Raises:
+            ValueError: Fewer than two tokens, or a window under 2.
+            ContextOverflowError: A window longer than the context.
+        """
         ids = (
             self.tokenize(text, add_special_tokens=False)
             if isinstance(text, str)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kbit.model import Model
 
 WINDOW = 256
+"""Tokens read at once, where every context holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,24 @@ def windows(ids: NDArray[np.uint32], window: int) -> Iterator[NDArray[np.uint32]
             yield piece
 
 
-def perplexity(model: Model, ids: NDArray[np.uint32], window: int = WINDOW) -> float:
+def default_window(*models: Model) -> int:
+    """`WINDOW` tokens, or as many as the shortest context holds."""
+    return min(WINDOW, *(model.context for model in models))
+
+
+def perplexity(model: Model, ids: NDArray[np.uint32], window: int | None = None) -> float:
     """The exponential of the mean negative log-likelihood of each token given those before it in its window.
+
+    Args:
+        model: What predicts.
+        ids: (n,) token ids.
+        window: Tokens read at once; None: `default_window`.
 
     Raises:
         ValueError: Fewer than two ids, or a window under 2.
+        ContextOverflowError: A window longer than the context.
     """
+    window = default_window(model) if window is None else window
     _check(ids, window)
     total, count = 0.0, 0
     with Progress("measuring", len(ids)) as progress:
@@ -59,15 +72,23 @@ def perplexity(model: Model, ids: NDArray[np.uint32], window: int = WINDOW) -> f
 
 
 def compare(
-    reference: Model, models: Sequence[Model], ids: NDArray[np.uint32], window: int = WINDOW
+    reference: Model, models: Sequence[Model], ids: NDArray[np.uint32], window: int | None = None
 ) -> list[Measurement]:
     """Measures `reference` and then `models` on the same windows; all of them stay in memory.
 
+    Args:
+        reference: What others are compared with.
+        models: The others.
+        ids: (n,) token ids.
+        window: Tokens read at once; None: `default_window` of all.
+
     Raises:
         ValueError: Fewer than two ids, a window under 2, or models whose vocabularies differ in size.
+        ContextOverflowError: A window longer than a context.
     """
-    _check(ids, window)
     everyone = [reference, *models]
+    window = default_window(*everyone) if window is None else window
+    _check(ids, window)
     for model in models:
         if (n := model.spec.vocab_size) != reference.spec.vocab_size:
             raise ValueError(

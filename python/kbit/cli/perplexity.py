@@ -21,7 +21,7 @@ from kbit.cli.common import (
     table,
 )
 from kbit.loading import load
-from kbit.perplexity import WINDOW, compare
+from kbit.perplexity import WINDOW, compare, default_window
 
 EXAMPLES = """\
   kbit perplexity ./my-model wiki.txt
@@ -56,8 +56,8 @@ def add(commands: Commands) -> None:
         help="other forms of the model to compare, as stored, on the same token ids",
     )  # fmt: skip
     parser.add_argument(
-        "--window", type=positive, default=WINDOW, metavar="N",
-        help=f"tokens read at once, without overlap (default: {WINDOW})",
+        "--window", type=positive, metavar="N",
+        help=f"tokens read at once, without overlap (default: {WINDOW}, or the context if that is shorter)",
     )  # fmt: skip
     parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N tokens")
     add_model_options(parser, bits=False)
@@ -65,8 +65,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one table: the model as stored, then each width, then the other models."""
-    if args.window < 2:
-        raise UsageError(f"--window {args.window}: scoring a token needs one before it")
+    if args.window == 1:
+        raise UsageError("--window 1: scoring a token needs one before it")
     options = model_options(args)
     options.pop("dtype")
     text = read_text(args.text)
@@ -76,11 +76,12 @@ def run(args: argparse.Namespace) -> int:
         models = [stack.enter_context(load(args.model, bits=k, **options)) for k in args.widths]
         models += [stack.enter_context(load(path, **options)) for path in args.models]
         ids = reference.tokenize(text, add_special_tokens=False)[: args.limit]
-        rows = compare(reference, models, ids, args.window)
+        window = args.window or default_window(reference, *models)
+        rows = compare(reference, models, ids, window)
     names = ["as stored", *map(_name, args.widths), *args.models]
     if args.json:
         found = [{"bits": n} | dataclasses.asdict(r) for n, r in zip(names, rows, strict=True)]
-        print_json({"model": reference.name, "window": args.window, "rows": found})
+        print_json({"model": reference.name, "window": window, "rows": found})
         return 0
     head = ["bits", "bits/weight", "bytes", "perplexity", "change", "KL"]
     lines = [
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         for name, row in zip(names, rows, strict=True)
     ]
     print(table([head, *lines]))
-    print(f"{rows[0].tokens:,} tokens scored in windows of {args.window}")
+    print(f"{rows[0].tokens:,} tokens scored in windows of {window}")
     return 0
 
 

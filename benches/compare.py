@@ -1,17 +1,17 @@
 """kbit beside llama.cpp and mistral.rs on the same machine, in one run.
 
-    python benches/compare.py                                           all of the 1B shape, some 50 minutes
+    python benches/compare.py                                           all of the 1B shape, some 80 minutes
     python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 10 minutes
 
-writes benches/results/<date>-<shape>.md. Random weights of a real shape are written once as a Hugging Face directory
-and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds llama.cpp. Engines run one
-after the other in every round, and the best round counts for each figure. Decode, which memory bounds, has four
-passes a round, and what runs on the same type of file runs side by side: a shared machine reads memory two or three
-times as fast in one minute as in the next. kbit's share of the bandwidth is that of the middle pass, decode over
-plain reading between two decodes of one process. A peer that cannot be had ends the run. A measurement that fails or
-takes too long is not repeated: its reason stands below the tables, which say "failed" where no round gave a figure,
-and the exit code is 1. Use an idle machine: engines whose threads wait for each other take minutes on a busy one. 20
-GB of disk, 8 GB of memory.
+writes benches/results/<date>-<shape>.md, anew after every round. Random weights of a real shape are written once as a
+Hugging Face directory and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds
+llama.cpp. Engines run one after the other in every round, and the best round counts for each figure. Decode, which
+memory bounds, has several passes a round and several turns a pass, and what runs on the same type of file runs side
+by side: a shared machine reads memory two or three times as fast in one second as in the next. kbit's share of the
+bandwidth is that of the middle pass, decode over plain reading between two decodes of one process. A peer that cannot
+be had ends the run. A measurement that fails or takes too long is not repeated: its reason stands below the tables,
+which say "failed" where no round gave a figure, and the exit code is 1. Use an idle machine: engines whose threads
+wait for each other take minutes on a busy one. 20 GB of disk, 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import peers
 import shapes
-from ours import BATCHES, DEPTH
+from ours import BATCH_TURNS, BATCHES, DEPTH, TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -39,8 +39,10 @@ NEAREST = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_0", 5: "Q5_K_M", 6: "Q6_K", 7: "Q8_0",
 SAME_FILE = ("Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
-DECODES = 5
+DECODES = 3
 """Further passes of every round, that measure decode only."""
+BATCH_DECODES = 1
+"""The same, of batches."""
 SMALL = {"load", "first_token", "peak", "resident", "read", "near", "far"}
 """Figures of which the least counts; of `beside` it is the median, of others the largest."""
 
@@ -70,7 +72,7 @@ class Row:
             return
         for key, value in measured.items():
             # What a pass for decode only says of memory or the start is not that of a whole one.
-            if not decode_only or key in {"decode", "beside"}:
+            if not decode_only or key in {"decode", "beside"} or key.startswith("batch"):
                 self.found.setdefault(key, []).append(value)
 
     def __getitem__(self, key: str) -> float:
@@ -93,6 +95,8 @@ class Row:
 class Bench:
     """What all parts share: files, peers, and the rows, each measured once a round whoever shows it."""
 
+    name: str
+    """Of the shape."""
     shape: shapes.Shape
     saved: dict[int, Path]
     files: dict[str, Path]
@@ -137,13 +141,14 @@ class Bench:
 
         def measure(decode_only: bool) -> Measures:
             script = Path(__file__).with_name("ours.py")
-            asked = "decode" if decode_only else what
+            asked = "decode" if decode_only and what == "speed" else what
             ran = peers.run(sys.executable, script, model, str(self.threads), asked, str(time.time()),
                             timeout=self.timeout, env={"KBIT_ISA": isa})  # fmt: skip
             found = json.loads(ran.output.splitlines()[-1])
             return {key: value for key, value in found.items() if not isinstance(value, str)}
 
-        return self.row(name, near, measure, rounds, decodes if what == "speed" else 0)
+        decodes = {"speed": decodes, "batch": BATCH_DECODES}.get(what, 0)
+        return self.row(name, near, measure, rounds, decodes)
 
     def llama(self, kind: str, variant: str = "native") -> Row:
         """llama.cpp on the file of type `kind`; variant: native, avx2, no_amx."""
@@ -158,7 +163,7 @@ class Bench:
         def measure(decode_only: bool) -> Measures:
             prompt = 0 if decode_only else 512
             return peers.llama_bench(
-                binaries, self.files[kind], self.threads, self.timeout, prompt=prompt
+                binaries, self.files[kind], self.threads, self.timeout, prompt=prompt, turns=TURNS
             )
 
         return self.row(name, kind, measure, decodes=DECODES)
@@ -176,8 +181,9 @@ class Bench:
 
     def llama_batches(self) -> Measures:
         """llama.cpp's Q4_0 in batches."""
+        sizes = BATCHES * BATCH_TURNS
         return peers.llama_batch(
-            self.peer.native, self.files["Q4_0"], self.threads, BATCHES, self.timeout
+            self.peer.native, self.files["Q4_0"], self.threads, sizes, self.timeout
         )
 
     def mistral(self) -> Row:
@@ -185,7 +191,8 @@ class Bench:
 
         def measure(decode_only: bool) -> Measures:
             what = "decode" if decode_only else "speed"
-            return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, what, self.timeout)
+            file = self.files["Q4_K_M"]
+            return peers.mistral(self.peer, file, self.threads, what, self.timeout, TURNS)
 
         return self.row("mistral.rs Q4_K_M", "Q4_K_M", measure, decodes=DECODES)
 
@@ -193,8 +200,11 @@ class Bench:
         """The same behind many tokens."""
         return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, "depth", self.timeout)
 
-    def measure(self) -> None:
-        """Every row once a round, decode more often; the limits of the machine before each pass and after the last."""
+    def measure(self, done: Callable[[int], None]) -> None:
+        """Every row once a round, decode more often, the limits of the machine before each pass and after the last.
+
+        `done` is told how many rounds there were, after each.
+        """
         most = max(row.rounds for row in self.rows.values())
         kinds = list(dict.fromkeys(row.near for row in self.rows.values()))
         rows = sorted(self.rows.values(), key=lambda row: kinds.index(row.near))
@@ -210,7 +220,8 @@ class Bench:
                     note = f"failed: {row.failed}" if row.failed else took
                     what = row.name + (", decode" if again else "")
                     print(f"round {turn + 1}/{most}: {what}: {note}", file=sys.stderr, flush=True)
-        self.limits()
+            self.limits()
+            done(turn + 1)
 
     def limits(self) -> None:
         """Measures the machine."""
@@ -452,7 +463,12 @@ def batch(b: Bench) -> Render:
     rows = [
         b.kbit("kbit 4 bits, batches", "batches", b.saved[4], "batch"),
         b.kbit("kbit 4 bits, batches, avx2", "batches", b.saved[4], "batch", "avx2"),
-        b.row("llama.cpp Q4_0, batches", "batches", lambda _: b.llama_batches()),
+        b.row(
+            "llama.cpp Q4_0, batches",
+            "batches",
+            lambda _: b.llama_batches(),
+            decodes=BATCH_DECODES,
+        ),
     ]
 
     def render() -> list[str]:
@@ -548,9 +564,35 @@ def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
     if "files" in parts:
         kinds |= set(SAME_FILE)
     found = {kind: peers.quantised(peer, gguf, kind) for kind in sorted(kinds)}
-    return Bench(
-        shapes.SHAPES[args.shape], saved, found, peer, args.threads, args.rounds, args.timeout
-    )
+    shape = shapes.SHAPES[args.shape]
+    return Bench(args.shape, shape, saved, found, peer, args.threads, args.rounds, args.timeout)
+
+
+def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:
+    """All tables after so many rounds."""
+    planned = "" if rounds == b.rounds else f" (of {b.rounds}: not finished)"
+    lines = [
+        f"# {b.name} shape, {datetime.date.today()}",
+        "",
+        machine(b.threads),
+        *b.peer.notes,
+        "",
+        f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {rounds} interleaved rounds"
+        f"{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + DECODES} passes of decode each "
+        f"({1 + BATCH_DECODES} of batches) of {TURNS} turns ({BATCH_TURNS}), {minutes:.0f} minutes.",
+        f"Limits, before each pass and after each round: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} "
+        f"GB/s (middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth "
+        "are those of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes "
+        "of one process; shares of its best are the best decode over the best read of the whole run.",
+        "",
+    ]
+    for render in renders:
+        lines += render()
+    failed = [row for row in b.rows.values() if row.failed]
+    if failed:
+        reasons = (f"- {row.name}: `{' '.join(row.failed.split())[:600]}`" for row in failed)
+        lines += ["## Failed", "", *reasons, ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -582,44 +624,21 @@ def main() -> None:
         ask.error("the parts isas, depth and batch are measured with 4 bits: leave 4 in --bits")
     to: Path = args.output or ROOT / f"benches/results/{datetime.date.today()}-{args.shape}.md"
     to.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
     try:
         b = prepare(args, args.only)
         renders = [PARTS[part](b) for part in PARTS if part in args.only]
         start = time.monotonic()
-        b.measure()
+
+        def done(rounds: int) -> None:
+            part = to.with_name(to.name + ".part")
+            part.write_text(report(b, renders, rounds, (time.monotonic() - start) / 60))
+            part.replace(to)
+
+        b.measure(done)
     except peers.Failed as error:
         sys.exit(f"compare: {error}")
-    report = [
-        f"# {args.shape} shape, {datetime.date.today()}",
-        "",
-        machine(args.threads),
-        *b.peer.notes,
-        "",
-    ]
-    report += [
-        f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {args.rounds} interleaved rounds "
-        f"({min(args.rounds, DEEP_ROUNDS)} at depth) with {1 + DECODES} passes of decode each, "
-        f"{(time.monotonic() - start) / 60:.0f} minutes.",
-        f"Limits, before each pass and at the end: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} GB/s "
-        f"(middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth are "
-        "those of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes of "
-        "one process; shares of its best are the best decode over the best read of the whole run.",
-        "",
-    ]
-    for render in renders:
-        report += render()
-    failed = [row for row in b.rows.values() if row.failed]
-    if failed:
-        report += [
-            "## Failed",
-            "",
-            *(f"- {row.name}: `{' '.join(row.failed.split())[:600]}`" for row in failed),
-            "",
-        ]
-    to.write_text("\n".join(report))
     print(to.read_text())
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if any(row.failed for row in b.rows.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -243,18 +243,19 @@ def llama_bench(
     depth: int = 0,
     flash: str = "auto",
     prompt: int = 512,
+    turns: int = 2,
 ) -> dict[str, float]:
     """Tokens/s of `prompt` tokens, if any, and of 128 generated ones after `depth` tokens.
 
-    The better of two repetitions of decode, as kbit's is, and one of the prompt, after a warm-up.
+    The best of `turns` repetitions of decode, as kbit's is, and one of the prompt, after a warm-up.
     """
     out: dict[str, float] = {}
     peak = 0
-    for name, prompts, new, turns in (("prefill", prompt, 0, 1), ("decode", 0, 128, 2)):
+    for name, prompts, new, often in (("prefill", prompt, 0, 1), ("decode", 0, 128, turns)):
         if not prompts + new:
             continue
         ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", str(prompts), "-n", str(new),
-                  "-d", str(depth), "-fa", flash, "-r", str(turns), "-o", "json", timeout=timeout)  # fmt: skip
+                  "-d", str(depth), "-fa", flash, "-r", str(often), "-o", "json", timeout=timeout)  # fmt: skip
         out[name] = max(json.loads(ran.output)[0]["samples_ts"])
         peak = max(peak, ran.peak)
     return out | {"peak": peak}
@@ -270,11 +271,12 @@ def llama_start(binaries: Path, model: Path, threads: int, timeout: float) -> di
 def llama_batch(
     binaries: Path, model: Path, threads: int, batches: Sequence[int], timeout: float
 ) -> dict[str, float]:
-    """Generated tokens/s of each number of sequences together, as batch1, batch2 and so on."""
+    """Generated tokens/s of each number of sequences together, at best, as batch1, batch2 and so on."""
     ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160),
               "-npp", "16", "-ntg", "64", "-npl", ",".join(map(str, batches)), "--output-format", "jsonl",
               timeout=timeout)  # fmt: skip
     rows = [json.loads(line) for line in ran.output.splitlines() if line.startswith("{")]
+    rows.sort(key=lambda row: row["speed_tg"])  # of the same number the last, the best, stays
     return {f"batch{row['pl']}": float(row["speed_tg"]) for row in rows}
 
 
@@ -283,7 +285,7 @@ def llama_batch(
 MISTRAL = """
 import json, resource, sys, time
 from mistralrs import CompletionRequest, Runner, Which
-path, what, started = sys.argv[1], sys.argv[2], float(sys.argv[3])
+path, what, started, turns = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 folder, _, file = path.rpartition("/")
 start = time.perf_counter()
 which = Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file)
@@ -304,7 +306,7 @@ if what != "depth":
     ask(100, 64, 8)
     if what == "speed":
         out["prefill"] = rate(512, ask(200, 512, 1).total_prompt_time_sec)
-    out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in (300, 350))
+    out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in range(300, 300 + 50 * turns, 50))
 else:
     near, far = ask(400, 4096, 129), ask(500, 4096 + 512, 1)
     out |= {"near": near.total_prompt_time_sec, "far": far.total_prompt_time_sec}
@@ -314,8 +316,10 @@ print(json.dumps(out))
 """
 
 
-def mistral(peers: Peers, model: Path, threads: int, what: str, timeout: float) -> dict[str, float]:
-    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, decode, or depth for decode behind 4096.
+def mistral(
+    peers: Peers, model: Path, threads: int, what: str, timeout: float, turns: int = 1
+) -> dict[str, float]:
+    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, decode (the best of `turns`), or depth for decode once.
 
     Depth also gives the seconds of a prompt of 4096 tokens (`near`) and of 512 more (`far`).
     """
@@ -324,7 +328,8 @@ def mistral(peers: Peers, model: Path, threads: int, what: str, timeout: float) 
         "CANDLE_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
-    ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), timeout=timeout, env=env)
+    ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), str(turns),
+              timeout=timeout, env=env)  # fmt: skip
     lines = [line for line in ran.output.splitlines() if line.startswith("{")]
     if not lines:
         raise Failed(f"mistral.rs on {model.name} printed no result: {ran.output[-1000:]}")

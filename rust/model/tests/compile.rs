@@ -313,15 +313,8 @@ fn chunks_do_not_matter_but_every_switch_does() {
         let whole = run(&base.0, &base.1, 60, cache);
         assert_eq!(whole, run(&base.0, &base.1, 7, cache));
         assert_eq!(whole, run(&base.0, &base.1, 1, cache));
-        let worst = whole
-            .iter()
-            .zip(&plain)
-            .map(|(a, b)| (a - b).abs())
-            .fold(0.0, f32::max);
-        assert!(
-            worst < 0.1 && (worst == 0.0) == (cache == CacheType::F32),
-            "{cache:?}: {worst}"
-        );
+        // By how much is for the tests of attention, which know every kind's rounding.
+        assert_eq!(whole == plain, cache == CacheType::F32, "{cache:?}");
     }
     let mut seen = vec![plain];
     let mut differs = |what: &str, change: &dyn Fn(&mut ModelSpec, &mut Shapes)| {

@@ -101,11 +101,27 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes from memory.
     fn load(self, x: &[f32; LANES]) -> Self::F32;
     /// The first `x.len()` (at most 16) lanes from memory, the others +0.
-    fn load_part(self, x: &[f32]) -> Self::F32;
+    #[inline(always)]
+    fn load_part(self, x: &[f32]) -> Self::F32 {
+        if let Ok(all) = x.try_into() {
+            return self.load(all);
+        }
+        let mut all = [0.0; LANES];
+        all[..x.len()].copy_from_slice(x);
+        self.load(&all)
+    }
     /// Lanes to memory.
     fn store(self, v: Self::F32, to: &mut [f32; LANES]);
     /// The first `to.len()` (at most 16) lanes to memory.
-    fn store_part(self, v: Self::F32, to: &mut [f32]);
+    #[inline(always)]
+    fn store_part(self, v: Self::F32, to: &mut [f32]) {
+        if let Ok(all) = <&mut [f32; LANES]>::try_from(&mut *to) {
+            return self.store(v, all);
+        }
+        let mut all = [0.0; LANES];
+        self.store(v, &mut all);
+        to.copy_from_slice(&all[..to.len()]);
+    }
     /// From half precision (bits), exactly.
     fn load_f16(self, x: &[u16; LANES]) -> Self::F32;
     /// To half precision, ties to even.

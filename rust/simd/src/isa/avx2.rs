@@ -99,29 +99,11 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         unsafe { both!(h => _mm256_loadu_ps(x.as_ptr().add(8 * h))) }
     }
     #[inline(always)]
-    fn load_part(self, x: &[f32]) -> Self::F32 {
-        if let Ok(all) = x.try_into() {
-            return self.load(all);
-        }
-        let mut all = [0.0; LANES];
-        all[..x.len()].copy_from_slice(x);
-        self.load(&all)
-    }
-    #[inline(always)]
     fn store(self, v: Self::F32, to: &mut [f32; LANES]) {
         unsafe {
             _mm256_storeu_ps(to.as_mut_ptr(), v[0]);
             _mm256_storeu_ps(to.as_mut_ptr().add(8), v[1]);
         }
-    }
-    #[inline(always)]
-    fn store_part(self, v: Self::F32, to: &mut [f32]) {
-        if let Ok(all) = <&mut [f32; LANES]>::try_from(&mut *to) {
-            return self.store(v, all);
-        }
-        let mut all = [0.0; LANES];
-        self.store(v, &mut all);
-        to.copy_from_slice(&all[..to.len()]);
     }
     #[inline(always)]
     fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {

@@ -105,26 +105,8 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
         four!(h => vld1q_f32(x.as_ptr().add(4 * h)))
     }
     #[inline(always)]
-    fn load_part(self, x: &[f32]) -> Self::F32 {
-        if let Ok(all) = x.try_into() {
-            return self.load(all);
-        }
-        let mut all = [0.0; LANES];
-        all[..x.len()].copy_from_slice(x);
-        self.load(&all)
-    }
-    #[inline(always)]
     fn store(self, v: Self::F32, to: &mut [f32; LANES]) {
         four!(h => vst1q_f32(to.as_mut_ptr().add(4 * h), v[h]));
-    }
-    #[inline(always)]
-    fn store_part(self, v: Self::F32, to: &mut [f32]) {
-        if let Ok(all) = <&mut [f32; LANES]>::try_from(&mut *to) {
-            return self.store(v, all);
-        }
-        let mut all = [0.0; LANES];
-        self.store(v, &mut all);
-        to.copy_from_slice(&all[..to.len()]);
     }
     #[inline(always)]
     fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {

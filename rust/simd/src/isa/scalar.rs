@@ -68,18 +68,8 @@ impl Simd for Scalar {
         *x
     }
     #[inline(always)]
-    fn load_part(self, x: &[f32]) -> Self::F32 {
-        let mut v = [0.0; LANES];
-        v[..x.len()].copy_from_slice(x);
-        v
-    }
-    #[inline(always)]
     fn store(self, v: Self::F32, to: &mut [f32; LANES]) {
         *to = v;
-    }
-    #[inline(always)]
-    fn store_part(self, v: Self::F32, to: &mut [f32]) {
-        to.copy_from_slice(&v[..to.len()]);
     }
     #[inline(always)]
     fn load_f16(self, x: &[u16; LANES]) -> Self::F32 {

@@ -42,7 +42,7 @@ pub enum Form {
     Int8 {
         /// With the sums of every block of 16 to 256 inputs, not of 256 only.
         sums: bool,
-        /// For products of blocks of 64 inputs and more, which matrix tiles are worth it for.
+        /// For products that matrix tiles are worth it for.
         tiles: bool,
     },
     /// As they are.
@@ -63,8 +63,7 @@ pub struct Input {
 /// Tokens up to which AMX leaves a product to AVX-512, which reads every weight once and decodes it in registers.
 const FEW: usize = 8;
 
-/// The instruction set whose kernels multiply `tokens` rows: AMX has those for many tokens and long blocks only, as it gains nothing
-/// by others. What it leaves is laid out for AVX-512 and computed by its kernels.
+/// The instruction set whose kernels multiply `tokens` rows: AMX has those for many tokens only, as it gains nothing by others. What it leaves is laid out for AVX-512 and computed by its kernels.
 fn kernels(isa: Isa, form: Form, tokens: usize) -> Isa {
     match (isa, form) {
         (Isa::Amx, Form::Int8 { tiles: true, .. }) if tokens > FEW => isa,

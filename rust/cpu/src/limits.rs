@@ -3,6 +3,7 @@
 //! Speeds are reported as fractions of these, from the same run, so that they travel between machines.
 
 use std::hint::black_box;
+use std::mem::MaybeUninit;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -174,16 +175,25 @@ impl Multiply {
     #[inline(always)]
     fn tiles<S: Simd>(&self, s: S) -> usize {
         let (weights, acts) = ([[Vector([1; 64]); INPUTS / 4]; 2], [[1u8; INPUTS]; TOKENS]);
-        let mut dots = [[s.splat_i32(0); TOKENS]; 2];
-        s.begin_products();
+        let mut sums = MaybeUninit::uninit();
+        s.begin_products(INPUTS);
         for _ in 0..self.rounds / PRODUCT {
             let (weights, acts) = black_box((&weights, &acts));
             let weights = weights.each_ref().map(|panel| panel.as_ptr().cast());
+            let start = [s.splat_i32(0); TOKENS];
             // SAFETY: weights of two panels and activations are there for all inputs, and products have begun.
-            unsafe { s.product(weights, acts.as_ptr().cast(), 0..INPUTS / 4, &mut dots) };
+            unsafe {
+                s.product(
+                    weights,
+                    acts.as_ptr().cast(),
+                    0..INPUTS / 4,
+                    start,
+                    &mut sums,
+                )
+            };
+            black_box(&sums);
         }
         s.end_products();
-        black_box(dots);
         self.rounds / PRODUCT * 2 * LANES * TOKENS * INPUTS * 2
     }
 }

@@ -22,7 +22,7 @@ const PAIR: usize = 2;
 /// Tokens from which a pair of panels is so much work that a thread takes few at a time.
 const MANY: usize = 32;
 /// Most of them, which share what the activations cost.
-const MOST_PAIRS: usize = 2;
+const MOST_PAIRS: usize = 4;
 
 /// One matrix of a projection.
 #[derive(Debug)]

@@ -158,25 +158,20 @@ impl fmt::Display for IsaError {
 
 impl std::error::Error for IsaError {}
 
-/// How a loop that reads memory as one stream should prefetch on this processor.
+/// Who made the processor, as far as kernels care: how it fetches memory differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Prefetch {
-    /// Bytes ahead.
-    pub ahead: usize,
-    /// Into the second cache ([`Simd::prefetch_far`]): so far ahead is too much for the first.
-    pub far: bool,
+pub enum Vendor {
+    /// AMD.
+    Amd,
+    /// Anybody else.
+    Other,
 }
 
-impl Prefetch {
-    /// Measured where `docs/performance.md` says: 8 KiB into the second cache on AMD (Zen 4), 1.5 KiB into the first elsewhere (an AMX Xeon, which farther
-    /// requests slowed down).
+impl Vendor {
+    /// Of this processor.
     pub fn here() -> Self {
-        static HERE: OnceLock<Prefetch> = OnceLock::new();
-        *HERE.get_or_init(|| {
-            let far = is_amd();
-            let ahead = if far { 8192 } else { 1536 };
-            Self { ahead, far }
-        })
+        static HERE: OnceLock<Vendor> = OnceLock::new();
+        *HERE.get_or_init(|| if is_amd() { Self::Amd } else { Self::Other })
     }
 }
 

@@ -34,5 +34,5 @@ mod vector;
 #[doc(hidden)]
 pub use isa::amx::assume as assume_amx;
 
-pub use dispatch::{Isa, IsaError, Prefetch, SimdOp, dispatch};
+pub use dispatch::{Isa, IsaError, SimdOp, Vendor, dispatch};
 pub use vector::{Book, LANES, Simd};

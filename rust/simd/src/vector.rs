@@ -3,6 +3,7 @@
 //! Vectors are 64 bytes on every instruction set: one AVX-512 register, two of AVX2, four of NEON, an array in the scalar
 //! definition. A generic algorithm is therefore written once, and "lane" means the same everywhere.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::{Isa, SimdOp};
@@ -85,6 +86,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const TILE: usize;
     /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
     const PANELS: usize;
+    /// Whether a product leaves its sums in memory, as matrix tiles do. They are then best taken into results while the next product runs, and
+    /// weights best scaled as integers ([`Simd::scale`]) before they are multiplied.
+    const STORED: bool = false;
     /// Tokens up to which weights are best multiplied as they are decoded: 0, 2, 4, 8 or 16. So many tokens are one tile.
     const DIRECT: usize;
 
@@ -274,31 +278,42 @@ pub trait Simd: Copy + Send + Sync + 'static {
             self.store_weights(w[1], to.add(Self::WEIGHT_BYTES));
         }
     }
-    /// Before the products of a piece of work on this thread: whatever [`Simd::product`] needs set up.
+    /// Weights times the integers of their 16 rows, -128..=255, as `256 * a + b`: gives `a` and `b`.
+    ///
+    /// # Panics
+    /// Without [`Simd::STORED`], where nothing wants it.
     #[inline(always)]
-    fn begin_products(self) {}
+    fn scale(self, _: Self::Weights, _: Self::I32) -> [Self::Weights; 2] {
+        unreachable!("weights are scaled for matrix tiles")
+    }
+    /// Before the products of a piece of work on this thread: whatever [`Simd::product`] needs set up. Each will be over so many inputs: less than
+    /// [`Simd::RUN`], or any number of runs.
+    #[inline(always)]
+    fn begin_products(self, _inputs: usize) {}
     /// After them.
     #[inline(always)]
     fn end_products(self) {}
-    /// The heart of a matrix-matrix tile: to `dots[p][n]` adds, per row of panel p, the exact dot product of its weights with token n
-    /// over the inputs `4 * groups.start .. 4 * groups.end`.
+    /// The heart of a matrix-matrix tile: sets `sums[p][n]`, per row of panel p, to `start[n]` and the exact dot product of its weights with
+    /// token n over the inputs `4 * groups.start .. 4 * groups.end`.
     ///
     /// `weights` are those of the first of these inputs, as [`Simd::store_pair`] wrote them; `acts` those of input 0, as
-    /// `[inputs / RUN][M][RUN]` (see [`Simd::PAIRS`]).
+    /// `[inputs / RUN][M][RUN]` (see [`Simd::PAIRS`]). `start` is zero without [`Simd::BIAS`].
     ///
     /// # Safety
-    /// Both are readable for `groups`, which starts and ends at multiples of 4 inputs and of [`Simd::RUN`]; weights are 64-byte
-    /// aligned. It runs between [`Simd::begin_products`] and [`Simd::end_products`].
+    /// Both are readable for `groups`, which starts and ends at multiples of 4 inputs and of what [`Simd::begin_products`] was told, or of
+    /// [`Simd::RUN`]; weights are 64-byte aligned. It runs before [`Simd::end_products`].
     #[inline(always)]
     unsafe fn product<const P: usize, const M: usize>(
         self,
         weights: [*const u8; P],
         acts: *const u8,
         groups: Range<usize>,
-        dots: &mut [[Self::I32; M]; P],
+        start: [Self::I32; M],
+        sums: &mut MaybeUninit<[[Self::I32; M]; P]>,
     ) {
+        let sums = sums.write([start; P]);
         // SAFETY: as the caller says.
-        unsafe { multiply(self, weights, acts, groups, dots) }
+        unsafe { multiply(self, weights, acts, groups, sums) }
     }
     /// Asks for a cache line, into the first cache.
     fn prefetch(self, at: *const u8);

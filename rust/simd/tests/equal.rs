@@ -4,6 +4,7 @@
 
 mod emulator;
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use emulator::instruction_sets;
@@ -280,14 +281,13 @@ fn codes_equal_the_scalar_definition() {
 #[repr(align(64))]
 struct Line(#[allow(dead_code, reason = "memory for registers")] [u8; 64]);
 
-/// A product of decoded panels with a tile of `tokens`, on top of `start` in every place.
+/// A product of decoded panels with a tile of `tokens`.
 struct Products<'a> {
     /// One to two panels, \[inputs / 4\]\[16 rows\]\[4 inputs\].
     panels: &'a [Vec<[i8; 64]>],
     /// \[tokens\]\[inputs\].
     acts: &'a [Vec<i8>],
     groups: Range<usize>,
-    start: i32,
 }
 
 impl SimdOp for Products<'_> {
@@ -300,7 +300,7 @@ impl SimdOp for Products<'_> {
             ($($m:literal)*) => {
                 match (self.acts.len(), self.panels.len()) {
                     $(
-                        ($m, 1) if const { S::LEAST <= $m && $m <= S::TILE } => {
+                        ($m, 1) if const { S::LEAST <= $m && $m <= S::TILE && !S::STORED } => {
                             Some(self.at::<S, 1, $m>(s))
                         }
                         ($m, 2) if const { S::LEAST <= $m && $m <= S::TILE && S::PANELS == 2 } => {
@@ -348,24 +348,27 @@ impl Products<'_> {
             }
         }
         let covered = self.groups.start * 4..self.groups.end * 4;
-        let mut dots = [[s.splat_i32(0); M]; P];
+        let mut start = [s.splat_i32(0); M];
         for n in 0..M {
             let sum: i32 = self.acts[n][covered.clone()]
                 .iter()
                 .map(|&a| i32::from(a))
                 .sum();
-            let bias = if S::BIAS == 0 { 0 } else { -128 * sum };
-            for p in 0..P {
-                dots[p][n] = s.splat_i32(self.start + bias);
+            if S::BIAS != 0 {
+                start[n] = s.splat_i32(-128 * sum);
             }
         }
         let from = std::array::from_fn(|p| weights[p].as_ptr().cast());
-        s.begin_products();
+        let mut sums = MaybeUninit::uninit();
+        s.begin_products(self.groups.len() * 4);
         // SAFETY: weights and activations are there for all of `groups`, and products have begun.
-        unsafe { s.product::<P, M>(from, tile.as_ptr(), self.groups, &mut dots) };
+        let sums = unsafe {
+            s.product::<P, M>(from, tile.as_ptr(), self.groups, start, &mut sums);
+            sums.assume_init()
+        };
         s.end_products();
         let mut out = Vec::new();
-        for v in dots.into_iter().flatten() {
+        for v in sums.into_iter().flatten() {
             let mut lanes = [0; LANES];
             s.store_i32(v, &mut lanes);
             out.extend(lanes);
@@ -393,9 +396,11 @@ fn products_equal_plain_loops() {
                         .collect()
                 })
                 .collect();
-            for start in (0..inputs / 4).step_by(16) {
-                for end in (start + 16..=inputs / 4).step_by(16).take(4) {
-                    let offset = random.next() as i32 >> 8;
+            for start in (0..inputs / 4).step_by(8) {
+                // Half a step of matrix tiles, or whole ones.
+                let whole = if start % 16 == 0 { 4 } else { 0 };
+                let ends = (start + 16..=inputs / 4).step_by(16).take(whole);
+                for end in std::iter::once(start + 8).chain(ends) {
                     let mut want = Vec::new();
                     for panel in &panels {
                         for row in &acts {
@@ -403,7 +408,7 @@ fn products_equal_plain_loops() {
                                 let product = |i: usize| {
                                     i32::from(panel[i / 4][r * 4 + i % 4]) * i32::from(row[i])
                                 };
-                                offset + (4 * start..4 * end).map(product).sum::<i32>()
+                                (4 * start..4 * end).map(product).sum::<i32>()
                             }));
                         }
                     }
@@ -412,7 +417,6 @@ fn products_equal_plain_loops() {
                             panels: &panels,
                             acts: &acts,
                             groups: start..end,
-                            start: offset,
                         };
                         if let Some(got) = dispatch(isa, op) {
                             let at = format!(

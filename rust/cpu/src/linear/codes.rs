@@ -34,15 +34,15 @@ impl<'a> Panels<'a> {
             .wrapping_add(panel * self.layout.panel_bytes)
     }
 
-    /// Where in a panel super-blocks are stored, codes of `bits` bits and, with the first, the scales of all.
-    pub(super) fn stored(&self, supers: Range<usize>, bits: usize) -> Range<usize> {
-        let chunk = |n: usize| self.layout.codes_at + self.layout.chunks.min(n * 4) * bits * 128;
-        let start = if supers.start == 0 {
+    /// Where in a panel chunks are stored, codes of `bits` bits and, with the first, the scales of all.
+    pub(super) fn stored(&self, chunks: Range<usize>, bits: usize) -> Range<usize> {
+        let chunk = |n: usize| self.layout.codes_at + self.layout.chunks.min(n) * bits * 128;
+        let start = if chunks.start == 0 {
             0
         } else {
-            chunk(supers.start)
+            chunk(chunks.start)
         };
-        start..chunk(supers.end)
+        start..chunk(chunks.end)
     }
 }
 
@@ -104,6 +104,8 @@ pub(super) trait Decode<S: Simd>: Copy {
     const BLOCK: usize;
     /// Bits of a code.
     const BITS: usize;
+    /// Whether weights have integer scales already.
+    const FOLDED: bool = false;
     /// What a block needs.
     type Block: Copy;
     /// Loads the tables of a matrix into registers.
@@ -215,6 +217,7 @@ pub(super) struct LadderDecode<S: Simd, const BITS: usize, const BLOCK: usize>(S
 impl<S: Simd, const BITS: usize, const BLOCK: usize> Decode<S> for LadderDecode<S, BITS, BLOCK> {
     const BLOCK: usize = BLOCK;
     const BITS: usize = BITS;
+    const FOLDED: bool = true;
     type Block = S::Rungs;
     #[inline(always)]
     fn new(s: S, decoder: &Decoder) -> Self {

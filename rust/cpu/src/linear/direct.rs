@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use kbit_simd::{Isa, Prefetch, Simd, SimdOp};
+use kbit_simd::{Isa, Simd, SimdOp, Vendor};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Out;
@@ -127,6 +127,8 @@ struct Job<'a> {
     out: Out,
 }
 
+/// Bytes between reading and asking: more than the second cache takes to fetch, little of it.
+const AHEAD: usize = 8 << 10;
 /// Bytes of a page as the hardware's prefetchers know it, in huge pages too.
 const SMALL_PAGE: usize = 4096;
 
@@ -134,11 +136,8 @@ const SMALL_PAGE: usize = 4096;
 /// rest where it jumps (400 ns a time, Zen 4), so it asks for every line in order, at an even pace, at a fixed distance ahead.
 struct Stream {
     next: *const u8,
-    far: bool,
     /// Of every page, so many bytes at its beginning are asked for.
     asked: usize,
-    /// Lines of the codes of a chunk.
-    codes: usize,
     /// Lines before the codes of a panel, shared out over its chunks.
     scales: usize,
     chunks: usize,
@@ -150,46 +149,44 @@ impl Stream {
     /// For codes of `bits` bits, from the first panel on.
     #[inline(always)]
     fn new<S: Simd>(layout: &KLayout, panel: *const u8, bits: usize) -> Self {
-        let prefetch = Prefetch::here();
-        // A load and a dot product a line are almost plain reading, of which requests halve the speed (Zen 4): the hardware
-        // needs them only where a page begins, which it does not look beyond.
-        let plain = bits == 8 && matches!(S::ISA, Isa::Avx512 | Isa::Avx512Vbmi) && prefetch.far;
-        let ahead = match (plain, prefetch.far) {
-            (true, _) => SMALL_PAGE / 2,
+        // A load and a dot product a line are almost plain reading, of which requests halve the speed on AMD's processors (Zen 4): they need them only
+        // where a page begins, which they do not look beyond.
+        let eight = bits == 8 && matches!(S::ISA, Isa::Avx512 | Isa::Avx512Vbmi);
+        let (ahead, asked) = if eight && Vendor::here() == Vendor::Amd {
+            (SMALL_PAGE / 2, SMALL_PAGE / 8)
+        } else {
             // The fastest kernel, that of 7 bits, wants more.
-            (_, true) => prefetch.ahead.max(16 * bits * 128),
-            _ => prefetch.ahead,
+            (AHEAD.max(16 * bits * 128), SMALL_PAGE)
         };
         Self {
             // The codes of a panel come after its scales: they too are asked for so far ahead.
             next: panel.wrapping_add(layout.codes_at + ahead),
-            far: prefetch.far,
-            asked: if plain { SMALL_PAGE / 8 } else { SMALL_PAGE },
-            codes: 2 * bits,
+            asked,
             scales: layout.codes_at / 64,
             chunks: layout.chunks,
             credit: 0,
         }
     }
 
+    /// Before code vector `g` of a chunk.
+    #[inline(always)]
+    fn vector<S: Simd>(&mut self, s: S, bits: usize, g: usize) {
+        for _ in g * bits / 8..(g + 1) * bits / 8 {
+            self.line(s);
+        }
+    }
+
     #[inline(always)]
     fn line<S: Simd>(&mut self, s: S) {
         if self.next.addr() % SMALL_PAGE < self.asked {
-            if self.far {
-                s.prefetch_far(self.next);
-            } else {
-                s.prefetch(self.next);
-            }
+            s.prefetch_far(self.next);
         }
         self.next = self.next.wrapping_add(64);
     }
 
-    /// Before a chunk.
+    /// Before a chunk: the lines that are not of its codes.
     #[inline(always)]
     fn chunk<S: Simd>(&mut self, s: S) {
-        for _ in 0..self.codes {
-            self.line(s);
-        }
         self.credit += self.scales;
         while self.credit >= self.chunks {
             self.credit -= self.chunks;
@@ -311,6 +308,7 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                             if (G * 4 + 4).is_multiple_of(D::BLOCK) {
                                 block = next;
                             }
+                            stream.vector(s, D::BITS, G);
                             let ahead = if G == 15 { after } else { codes };
                             let following = decode.vector::<{ (G + 1) % 16 }>(s, &block, ahead);
                             let chain = &mut chains[G % CHAINS];
@@ -384,7 +382,16 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
                 for chunk in sup * 4..layout.chunks.min(sup * 4 + 4) {
                     stream.chunk(s);
                     // SAFETY: panel and chunk are in the matrix, the tile was made for its inputs.
-                    unsafe { self.chunk(&decode, layout, (at, scales), chunk, &mut state) }
+                    unsafe {
+                        self.chunk(
+                            &decode,
+                            layout,
+                            (at, scales),
+                            chunk,
+                            &mut state,
+                            &mut stream,
+                        )
+                    }
                 }
                 let (scale, dots) = (job.scale, state.dots.as_flattened());
                 s.run(Settle {
@@ -429,6 +436,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D,
         (at, scales): (*const u8, *const u8),
         chunk: usize,
         state: &mut State<S, M>,
+        stream: &mut Stream,
     ) {
         let s = self.0;
         // SAFETY: as the caller says.
@@ -437,6 +445,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> Blocks<'_, S, D,
             let acts = self.1.tile.data.add(chunk * CHUNK / 4 * four::<S>() * M);
             let mut block = decode.block(s, layout, scales, chunk, 0);
             vectors!(G => {
+                stream.vector(s, D::BITS, G);
                 if G != 0 && (G * 4).is_multiple_of(D::BLOCK) {
                     block = decode.block(s, layout, scales, chunk, G / QUARTER);
                 }

@@ -26,7 +26,7 @@ use std::ops::Range;
 
 use kbit_simd::{Book, Simd, SimdOp, dispatch};
 use kbit_tensor::program::Activations;
-use kbit_tensor::{CHUNK, Codebook, KTensor, ROWS, Result, Scales, Weight};
+use kbit_tensor::{Codebook, KTensor, ROWS, Result, Scales, Weight};
 
 use crate::acts::{Acts, Form, Input};
 use codes::Decoder;
@@ -117,7 +117,7 @@ impl Matrix {
                         };
                         let scale = Scale::of(k);
                         let decoder = Decoder::new(Book::new(k.bits(), codebook, ladder), k);
-                        let (sums, tiles) = (scale.wants_sums(), scale.block >= CHUNK);
+                        let (sums, tiles) = (scale.wants_sums(), scale.wants_tiles());
                         (
                             Store::Codes {
                                 weight: k.clone(),

@@ -56,6 +56,11 @@ impl Scale {
         !matches!(self.kind, Kind::Wide)
     }
 
+    /// Whether matrix tiles are worth having: blocks of 16 inputs under floats fill a quarter of them, others have more or are scaled as integers before.
+    pub(super) fn wants_tiles(&self) -> bool {
+        self.block >= 32 || self.has_subs()
+    }
+
     /// The const parameter of kernels: 16, 32, 64 for anything longer, 256 for the wide kinds.
     pub(super) fn unrolled(&self) -> usize {
         if self.wants_sums() {
@@ -123,7 +128,7 @@ impl Scale {
     /// # Safety
     /// `panel` is one of `layout` and `block` one of its blocks.
     #[inline(always)]
-    unsafe fn sub<S: Simd>(
+    pub(super) unsafe fn sub<S: Simd>(
         &self,
         s: S,
         layout: &KLayout,

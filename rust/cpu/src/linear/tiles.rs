@@ -5,6 +5,7 @@
 use std::cell::RefCell;
 use std::hint::black_box;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use kbit_simd::{Simd, SimdOp, dispatch};
@@ -19,13 +20,20 @@ use crate::acts::Tile;
 const RESULTS: usize = 256 << 10;
 /// Bytes of weights decoded at a time: a part of the first cache.
 const STAGE: usize = 16 << 10;
-/// Most panels whose super-block a stage holds.
-const MOST: usize = 4;
+/// Most panels whose super-blocks a stage holds.
+const MOST: usize = 8;
 /// Tiles that are many: their activations come from farther away, so they meet as many panels as a stage holds one super-block of. Kernels of two panels
 /// have no use for more.
 const MANY: usize = 16;
+/// Tiles of which activations come from farther away than decoded weights do: where products run beside what settles them, a super-block of several
+/// pairs of panels lies in the second cache and meets the tile before it goes.
+const SEVERAL: usize = 4;
 /// Super-blocks between asking for codes and decoding them, at least those of a stage.
 const AHEAD: usize = 4;
+/// Bytes between reading codes and asking for them, where one tile meets all.
+const AHEAD_BYTES: usize = 8 << 10;
+/// Chunks decoded before one is multiplied: what was just written cannot be loaded as a tile until it has left for the first cache.
+const LAG: usize = 2;
 /// Code vectors of a chunk.
 const VECTORS: usize = CHUNK / 4;
 
@@ -45,6 +53,8 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
     macro_rules! tiles {
         ($m:literal) => {
             match (scale.unrolled(), scale.has_subs()) {
+                (_, true) if const { S::STORED } => s.run(Tiles::<S, 1, $m, 64, true>(s, job)),
+                (64 | 32, _) if const { S::STORED } => s.run(Tiles::<S, 2, $m, 64, false>(s, job)),
                 (16, true) if const { S::RUN <= 16 } => s.run(Tiles::<S, 1, $m, 16, true>(s, job)),
                 (16, false) if const { S::RUN <= 16 } => {
                     s.run(Tiles::<S, 1, $m, 16, false>(s, job))
@@ -57,13 +67,16 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
                     s.run(Tiles::<S, 2, $m, SUPER, false>(s, job))
                 }
                 (SUPER, _) => s.run(Tiles::<S, 1, $m, SUPER, false>(s, job)),
-                (_, true) => s.run(Tiles::<S, 1, $m, 64, true>(s, job)),
-                (_, false) => s.run(Tiles::<S, 1, $m, 64, false>(s, job)),
+                (64, true) if const { !S::STORED } => s.run(Tiles::<S, 1, $m, 64, true>(s, job)),
+                (64, false) if const { !S::STORED } => s.run(Tiles::<S, 1, $m, 64, false>(s, job)),
+                (n, _) => unreachable!("blocks of {n} on {}", S::ISA),
             }
         };
     }
-    s.begin_products();
+    s.begin_products(if scale.has_subs() { SUPER } else { scale.block });
     match S::TILE {
+        // All there is.
+        32 if const { S::TILE == 32 } && job.acts.tile(job.tiles.start).padded == 16 => tiles!(16),
         4 if const { S::TILE == 4 } => tiles!(4),
         6 if const { S::TILE == 6 } => tiles!(6),
         12 if const { S::TILE == 12 } => tiles!(12),
@@ -87,23 +100,32 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
     fn eval<T: Simd>(self, _: T) {
         let job = &self.1;
         let tiles = job.tiles.clone();
-        let side = if P == 1 && tiles.len() >= MANY {
+        let side = if S::STORED && tiles.len() >= SEVERAL {
+            (MOST / Self::PLANES).min(job.panels.len().next_multiple_of(P))
+        } else if P == 1 && !S::STORED && tiles.len() >= MANY {
             Self::STAGED
         } else {
             P
         };
+        let together = if S::STORED {
+            Self::STAGED / P
+        } else {
+            Self::STAGED / side
+        };
+        let stage = side * together * Self::SUPER_BYTES / 64;
         // Up to `Simd::DIRECT` tokens are one tile, which may be larger than others.
         let places = M.max(job.acts.tile(0).padded);
         let band = tiles.len().min(RESULTS / 64 / (side * places));
-        let lines = STAGE / 64 + band * side * places;
+        let lines = stage + band * side * places;
         // Out of its place meanwhile: what a closure holds is not always compiled for the instruction set.
         let mut scratch = SCRATCH.take();
         if scratch.len() < lines {
             scratch.resize(lines, Line([0; 64]));
         }
-        let (stage, results) = scratch.split_at_mut(STAGE / 64);
+        let (stage, results) = scratch.split_at_mut(stage);
         let room = Room {
             side,
+            together,
             stage: stage.as_mut_ptr().cast(),
             results: results.as_mut_ptr().cast(),
             places,
@@ -113,7 +135,11 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             let tiles = first..tiles.end.min(first + band);
             for first in job.panels.clone().step_by(side) {
                 let panels = first..job.panels.end.min(first + side);
-                self.panels(panels, tiles.clone(), unpack, &room);
+                if S::STORED && (SUBS || BLOCK == SUPER) && tiles.len() == 1 {
+                    self.beside(panels, tiles.start, unpack, &room);
+                } else {
+                    self.panels(panels, tiles.clone(), unpack, &room);
+                }
             }
         }
         SCRATCH.set(scratch);
@@ -124,6 +150,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
 struct Room<S: Simd> {
     /// So many panels.
     side: usize,
+    /// So many super-blocks of each.
+    together: usize,
     /// Their decoded super-blocks.
     stage: *mut u8,
     /// \[tile\]\[panel\]\[places\].
@@ -135,8 +163,10 @@ struct Room<S: Simd> {
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>
     Tiles<'_, S, P, M, BLOCK, SUBS>
 {
-    /// Bytes of a decoded super-block of a panel.
-    const SUPER_BYTES: usize = SUPER / 4 * S::WEIGHT_BYTES;
+    /// Planes of decoded weights, two where they are scaled as integers.
+    const PLANES: usize = if S::STORED && SUBS { 2 } else { 1 };
+    /// Bytes of a decoded super-block of a panel, both planes.
+    const SUPER_BYTES: usize = Self::PLANES * (SUPER / 4) * S::WEIGHT_BYTES;
     /// Super-blocks of a stage, of all its panels.
     const STAGED: usize = STAGE / Self::SUPER_BYTES;
 
@@ -145,8 +175,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
     fn panels(&self, panels: Range<usize>, tiles: Range<usize>, unpack: Unpacker, room: &Room<S>) {
         let Self(s, job) = self;
         let (s, layout) = (*s, job.source.layout);
-        // Super-blocks of a stage.
-        let together = Self::STAGED / room.side;
+        let together = room.together;
         // Of each panel; at an odd end a panel is its own partner.
         let mut at = [job.source.at(panels.start); MOST];
         let mut weights = [room.stage.cast_const(); MOST];
@@ -162,26 +191,42 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             // SAFETY: there are so many.
             unsafe { room.results.add(n).write(s.splat(0.0)) }
         }
+        let scaled = (Self::PLANES == 2).then_some(Scaled {
+            scale: job.scale,
+            apart: together * Self::SUPER_BYTES / 2,
+        });
+        let mut late = Late::<S, P, M>::new();
         let stages = layout.supers.div_ceil(together);
         for stage in 0..stages {
             let first = stage * together;
             let end = layout.supers.min(first + together);
             let chunks = first * 4..layout.chunks.min(end * 4);
-            for n in 0..panels.len() {
-                let to = weights[n].cast_mut();
-                // SAFETY: a panel of the matrix; the stage has room for so much.
-                unsafe { unpack(job.decoder, layout, at[n], chunks.clone(), to) }
-            }
-            let coming = stage + AHEAD / together;
+            let coming = stage + AHEAD.div_ceil(together);
             let (later, coming) = (coming / stages * room.side, coming % stages * together);
             let coming = job
                 .source
-                .stored(coming..coming + together, job.decoder.bits);
+                .stored(coming * 4..(coming + together) * 4, job.decoder.bits);
             let ahead = job
                 .source
                 .ahead(panels.start + later)
                 .wrapping_add(coming.start);
             let lines = coming.len().div_ceil(64);
+            for n in 0..panels.len() {
+                let coming = Coming::NOTHING;
+                let to = weights[n].cast_mut();
+                // SAFETY: a panel of the matrix; the stage has room for so much.
+                unsafe {
+                    unpack(
+                        job.decoder,
+                        layout,
+                        at[n],
+                        chunks.clone(),
+                        scaled,
+                        coming,
+                        to,
+                    )
+                }
+            }
             // So many with every tile and super-block.
             let share = lines.div_ceil(tiles.len() * (end - first));
             for (t, number) in tiles.clone().enumerate() {
@@ -191,9 +236,11 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                     scale: job.scale,
                     layout,
                     tile: job.acts.tile(number),
-                    supers: first..end,
+                    first,
+                    end,
                     panels: [at[0]; P],
                     weights: [weights[0]; P],
+                    apart: scaled.map_or(0, |scaled| scaled.apart),
                     ahead: ahead.wrapping_add(asked * 64),
                     lines: share.min(lines.saturating_sub(asked)),
                 };
@@ -202,11 +249,13 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                     place.weights.copy_from_slice(&weights[set..set + P]);
                     let y = room.results.wrapping_add(t * per_tile + set * room.places);
                     // SAFETY: weights are those of these super-blocks; the tile has room for its results.
-                    unsafe { self.multiply(&place, y) }
+                    unsafe { self.multiply(&place, y, &mut late) }
                     place.ahead = place.ahead.wrapping_add(P * layout.panel_bytes);
                 }
             }
         }
+        // SAFETY: the results of the last tile are still there.
+        unsafe { late.settle() }
         for (t, number) in tiles.enumerate() {
             let tile = job.acts.tile(number);
             for n in 0..panels.len() {
@@ -223,17 +272,159 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
         }
     }
 
+    /// Panels side by side by one tile, where decoding takes longer than products: a chunk is decoded while one before it is multiplied.
+    #[inline(always)]
+    fn beside(&self, panels: Range<usize>, number: usize, unpack: Unpacker, room: &Room<S>) {
+        let Self(s, job) = self;
+        let (s, layout, tile) = (*s, job.source.layout, *job.acts.tile(number));
+        let plane = VECTORS * S::WEIGHT_BYTES;
+        let scaled = (Self::PLANES == 2).then_some(Scaled {
+            scale: job.scale,
+            apart: plane,
+        });
+        let mut at = [job.source.at(panels.start); P];
+        if P == 2 {
+            at[P - 1] = job.source.at(panels.end - 1);
+        }
+        // Of each chunk two panels, or both planes of one.
+        let ring = [0, 1, 2, 3].map(|n| room.stage.wrapping_add(2 * plane * n));
+        // Of the chunks of two super-blocks.
+        let mut sums = [const { [const { MaybeUninit::<[[S::I32; M]; 2]>::uninit() }; 4] }; 2];
+        let mut y = [[s.splat(0.0); M]; P];
+        let ahead = (AHEAD_BYTES / (job.decoder.bits * 128)).min(layout.chunks);
+        for chunk in 0..layout.chunks + LAG {
+            if chunk < layout.chunks {
+                for n in 0..panels.len() {
+                    let later = (chunk + ahead) / layout.chunks * P;
+                    let coming = (chunk + ahead) % layout.chunks;
+                    let coming = job.source.stored(coming..coming + 1, job.decoder.bits);
+                    let coming = Coming {
+                        next: job
+                            .source
+                            .ahead(panels.start + n + later)
+                            .wrapping_add(coming.start),
+                        lines: coming.len().div_ceil(64),
+                    };
+                    let to = ring[chunk % 4].wrapping_add(n * plane);
+                    // SAFETY: a chunk of a panel of the matrix; the ring has room for it.
+                    unsafe {
+                        unpack(
+                            job.decoder,
+                            layout,
+                            at[n],
+                            chunk..chunk + 1,
+                            scaled,
+                            coming,
+                            to,
+                        )
+                    }
+                }
+            }
+            let Some(chunk) = chunk.checked_sub(LAG) else {
+                continue;
+            };
+            let (sup, last) = (chunk / 4, chunk + 1 == layout.chunks);
+            // At an odd end a panel is its own partner.
+            let second = if Self::PLANES == 2 || panels.len() == 2 {
+                plane
+            } else {
+                0
+            };
+            let weights = [
+                ring[chunk % 4].cast_const(),
+                ring[chunk % 4].wrapping_add(second).cast_const(),
+            ];
+            // SAFETY: the chunk was decoded, and the tile holds it.
+            unsafe {
+                let start = [s.splat_i32(0); M];
+                let sum = &mut sums[sup % 2][chunk % 4];
+                s.product(
+                    weights,
+                    tile.data,
+                    chunk * VECTORS..(chunk + 1) * VECTORS,
+                    start,
+                    sum,
+                );
+                if chunk % 4 == 3 || last {
+                    if sup > 0 {
+                        self.settle(&mut sums[(sup - 1) % 2], 4, sup - 1, &at, &tile, &mut y);
+                    }
+                    if last {
+                        self.settle(&mut sums[sup % 2], chunk % 4 + 1, sup, &at, &tile, &mut y);
+                    }
+                }
+            }
+        }
+        for n in 0..panels.len() {
+            for token in 0..tile.tokens {
+                // SAFETY: `Matrix::run` has this part of the output to itself.
+                let out = unsafe { job.out.part(number * M + token, panels.start + n) };
+                s.store_part(y[n][token], out);
+            }
+        }
+    }
+
+    /// Takes the sums of the chunks of a super-block into the results.
+    ///
+    /// # Safety
+    /// There are so many `chunks`; the rest as [`settle_wide`].
+    #[inline(always)]
+    unsafe fn settle(
+        &self,
+        sums: &mut [MaybeUninit<[[S::I32; M]; 2]>; 4],
+        chunks: usize,
+        sup: usize,
+        at: &[*const u8; P],
+        tile: &Tile,
+        y: &mut [[S::F32; M]; P],
+    ) {
+        let Self(s, job) = self;
+        let (s, layout) = (*s, job.source.layout);
+        // SAFETY: as the caller says.
+        unsafe {
+            let (first, others) = sums.split_at_mut(1);
+            let first = first[0].assume_init_mut();
+            for other in &others[..chunks - 1] {
+                let other = other.assume_init_ref();
+                for p in 0..2 {
+                    for n in 0..M {
+                        first[p][n] = s.add_i32(first[p][n], other[p][n]);
+                    }
+                }
+            }
+            if P == 1 {
+                let mut weighed = [s.splat_i32(0); M];
+                for n in 0..M {
+                    weighed[n] = s.add_i32(s.shl_i32(first[0][n], 8), first[1][n]);
+                }
+                job.scale
+                    .settle(s, layout, at[0], tile, sup, &weighed, &mut y[0]);
+            } else {
+                for p in 0..P {
+                    settle_wide(s, layout, at[p], tile, sup, &first[p], &mut y[p]);
+                }
+            }
+        }
+    }
+
     /// Finds the kernel for the size of the tile: a whole one here, others apart.
     ///
     /// # Safety
     /// As [`Place`] says; `y` is good for the results of the tile, \[panel\]\[token\].
     #[inline(always)]
-    unsafe fn multiply(&self, place: &Place<'_, S, P>, y: *mut S::F32) {
+    unsafe fn multiply<'a>(
+        &self,
+        place: &Place<'a, S, P>,
+        y: *mut S::F32,
+        late: &mut Late<'a, S, P, M>,
+    ) {
         let s = self.0;
         // SAFETY: as the caller says.
         unsafe {
             if place.tile.padded == M {
-                if BLOCK == SUPER {
+                if S::STORED {
+                    late.add(place, y.cast());
+                } else if BLOCK == SUPER {
                     place.wide(&mut *y.cast::<[[S::F32; M]; P]>());
                 } else {
                     place.full::<M, BLOCK, SUBS>(&mut *y.cast());
@@ -259,15 +450,20 @@ const fn exists<S: Simd>(tokens: usize) -> bool {
 }
 
 /// A tile by some super-blocks of `P` panels.
+#[derive(Clone, Copy)]
 struct Place<'a, S: Simd, const P: usize> {
     s: S,
     scale: &'a Scale,
     layout: &'a KLayout,
     tile: &'a Tile,
-    supers: Range<usize>,
+    /// Super-blocks, from the first to the end.
+    first: usize,
+    end: usize,
     panels: [*const u8; P],
     /// The super-blocks, decoded.
     weights: [*const u8; P],
+    /// From there to their second plane, where there is one.
+    apart: usize,
     /// What to ask for meanwhile, of the first panel (that of the other lies behind): so many lines a super-block.
     ahead: *const u8,
     lines: usize,
@@ -288,7 +484,11 @@ impl<S: Simd, const P: usize, const N: usize, const BLOCK: usize> SimdOp
         let Self(place, y) = self;
         // SAFETY: as the maker says.
         unsafe {
-            if BLOCK < SUPER {
+            if S::STORED {
+                let mut late = Late::<S, P, N>::new();
+                late.add(place, y.cast());
+                late.settle();
+            } else if BLOCK < SUPER {
                 place.blocks::<N, BLOCK>(&mut *y.cast());
             } else if N <= S::TILE {
                 place.wide(&mut *y.cast::<[[S::F32; N]; P]>());
@@ -310,9 +510,11 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
             scale: self.scale,
             layout: self.layout,
             tile: self.tile,
-            supers: self.supers.clone(),
+            first: self.first,
+            end: self.end,
             panels: [self.panels[panel]],
             weights: [self.weights[panel]],
+            apart: self.apart,
             ahead: self.ahead.wrapping_add(panel * self.layout.panel_bytes),
             lines: self.lines,
         }
@@ -321,7 +523,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     /// Asks for what comes later, at an even pace: with super-block `sup`.
     #[inline(always)]
     fn ask(&self, sup: usize) {
-        let first = (sup - self.supers.start) * self.lines;
+        let first = (sup - self.first) * self.lines;
         for line in first..first + self.lines {
             for p in 0..P {
                 let at = p * self.layout.panel_bytes + line * 64;
@@ -344,14 +546,16 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     unsafe fn wide<const N: usize>(&self, y: &mut [[S::F32; N]; P]) {
         let (s, layout, tile) = (self.s, self.layout, self.tile);
         let mut weights = self.weights;
-        for sup in self.supers.clone() {
+        for sup in self.first..self.end {
             self.ask(sup);
             let inputs = self.inputs(sup);
             let groups = inputs.start / 4..inputs.end / 4;
             // SAFETY: the decoded part and the tile hold the super-block, the panels its scales.
             unsafe {
-                let mut dots = [start::<S, N>(s, tile, SUPER, sup); P];
-                s.product(weights, tile.data, groups.clone(), &mut dots);
+                let mut dots = MaybeUninit::uninit();
+                let start = start::<S, N>(s, tile, SUPER, sup);
+                s.product(weights, tile.data, groups.clone(), start, &mut dots);
+                let dots = dots.assume_init_ref();
                 for p in 0..P {
                     weights[p] = weights[p].add(groups.len() * S::WEIGHT_BYTES);
                     settle_wide(s, layout, self.panels[p], tile, sup, &dots[p], &mut y[p]);
@@ -372,7 +576,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
         let (s, scale, layout, tile) = (self.s, self.scale, self.layout, self.tile);
         let (panel, mut weights) = (self.panels[0], self.weights[0]);
         let block = if BLOCK < 64 { BLOCK } else { scale.block };
-        for sup in self.supers.clone() {
+        for sup in self.first..self.end {
             self.ask(sup);
             let inputs = self.inputs(sup);
             let mut weighed = [s.splat_i32(0); N];
@@ -381,10 +585,11 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
                 // SAFETY: the decoded part and the tile hold this block, the panel its scales.
                 unsafe {
                     let index = input / block;
-                    let mut dots = [start::<S, N>(s, tile, block, index)];
-                    s.product([weights], tile.data, groups.clone(), &mut dots);
+                    let mut dots = MaybeUninit::uninit();
+                    let start = start::<S, N>(s, tile, block, index);
+                    s.product([weights], tile.data, groups.clone(), start, &mut dots);
                     weights = weights.add(groups.len() * S::WEIGHT_BYTES);
-                    let dots = &dots[0];
+                    let dots = &dots.assume_init_ref()[0];
                     if SUBS {
                         scale.weigh(s, layout, panel, index, dots, &mut weighed);
                     } else {
@@ -411,17 +616,18 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
         let (panel, mut weights) = (self.panels[0], self.weights[0]);
         let block = if BLOCK < 64 { BLOCK } else { scale.block };
         let mut all = [[s.splat_i32(0); N]; BLOCKS];
-        for sup in self.supers.clone() {
+        for sup in self.first..self.end {
             self.ask(sup);
             let inputs = self.inputs(sup);
             for input in inputs.clone().step_by(block) {
                 let groups = input / 4..(input + block).min(inputs.end) / 4;
                 // SAFETY: the decoded part and the tile hold this block.
                 unsafe {
-                    let mut dots = [start::<S, N>(s, tile, block, input / block)];
-                    s.product([weights], tile.data, groups.clone(), &mut dots);
+                    let mut dots = MaybeUninit::uninit();
+                    let start = start::<S, N>(s, tile, block, input / block);
+                    s.product([weights], tile.data, groups.clone(), start, &mut dots);
                     weights = weights.add(groups.len() * S::WEIGHT_BYTES);
-                    all[input % SUPER / block] = dots[0];
+                    all[input % SUPER / block] = dots.assume_init_ref()[0];
                 }
             }
             let (dots, y) = (all.as_flattened(), &mut *y);
@@ -439,14 +645,132 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     }
 }
 
-/// Decodes some chunks of a panel: to an address that is 64-byte aligned and has room for 16 weight vectors a chunk.
-type Unpacker = unsafe fn(&Decoder, &KLayout, *const u8, Range<usize>, *mut u8);
+/// Products whose sums lie in memory ([`Simd::STORED`]): those of one step, the inputs of a scale, are taken into the results while the next
+/// step's products run, whatever tile and panels that is of.
+struct Late<'a, S: Simd, const P: usize, const N: usize> {
+    /// Of two panels, or of both planes of one; one of the rooms is written while the other is read.
+    rooms: [MaybeUninit<[[S::I32; N]; 2]>; 2],
+    turn: usize,
+    /// What is in the other room: of which step, and where its results are.
+    waiting: Option<(Place<'a, S, P>, usize, *mut [[S::F32; N]; P])>,
+}
 
-/// Finds the function that decodes a matrix. An operation of its own, as AMX decodes like AVX-512.
+impl<'a, S: Simd, const P: usize, const N: usize> Late<'a, S, P, N> {
+    fn new() -> Self {
+        Self {
+            rooms: [const { MaybeUninit::uninit() }; 2],
+            turn: 0,
+            waiting: None,
+        }
+    }
+
+    /// All of a place, into `y`.
+    ///
+    /// # Safety
+    /// The tile is one of `N` tokens; `y` and what the place names are there until it is settled.
+    #[inline(always)]
+    unsafe fn add(&mut self, place: &Place<'a, S, P>, y: *mut [[S::F32; N]; P]) {
+        let (s, scale, tile) = (place.s, place.scale, place.tile);
+        let block = if scale.has_subs() { SUPER } else { scale.block };
+        let mut weights = [place.weights[0]; 2];
+        weights[1] = if P == 2 {
+            place.weights[1]
+        } else {
+            weights[0].wrapping_add(place.apart)
+        };
+        for sup in place.first..place.end {
+            place.ask(sup);
+            let inputs = place.inputs(sup);
+            for input in inputs.clone().step_by(block) {
+                let groups = input / 4..(input + block).min(inputs.end) / 4;
+                // SAFETY: the decoded part and the tile hold these inputs.
+                unsafe {
+                    let start = [s.splat_i32(0); N];
+                    let sums = &mut self.rooms[self.turn];
+                    s.product(weights, tile.data, groups.clone(), start, sums);
+                    self.settle();
+                }
+                for plane in &mut weights {
+                    *plane = plane.wrapping_add(groups.len() * S::WEIGHT_BYTES);
+                }
+                self.waiting = Some((*place, input / block, y));
+                self.turn ^= 1;
+            }
+        }
+    }
+
+    /// Takes what waits into its results.
+    ///
+    /// # Safety
+    /// Those are still there.
+    #[inline(always)]
+    unsafe fn settle(&mut self) {
+        let Some((place, step, y)) = self.waiting.take() else {
+            return;
+        };
+        let (s, scale, layout, tile) = (place.s, place.scale, place.layout, place.tile);
+        // SAFETY: the room was written when this began to wait.
+        unsafe {
+            let sums = self.rooms[self.turn ^ 1].assume_init_ref();
+            if P == 1 {
+                let mut weighed = [s.splat_i32(0); N];
+                for n in 0..N {
+                    weighed[n] = s.add_i32(s.shl_i32(sums[0][n], 8), sums[1][n]);
+                }
+                scale.settle(
+                    s,
+                    layout,
+                    place.panels[0],
+                    tile,
+                    step,
+                    &weighed,
+                    &mut (&mut *y)[0],
+                );
+                return;
+            }
+            for p in 0..P {
+                let (panel, y) = (place.panels[p], &mut (&mut *y)[p]);
+                if scale.wants_sums() {
+                    scale.add(s, layout, panel, tile, step, &sums[p], y);
+                } else {
+                    settle_wide(s, layout, panel, tile, step, &sums[p], y);
+                }
+            }
+        }
+    }
+}
+
+/// Weights scaled as integers while they are decoded: the second plane so many bytes behind the first.
+#[derive(Clone, Copy)]
+struct Scaled<'a> {
+    scale: &'a Scale,
+    apart: usize,
+}
+
+/// Lines to ask for while decoding: so many of them, at an even pace.
+#[derive(Clone, Copy)]
+struct Coming {
+    next: *const u8,
+    lines: usize,
+}
+
+impl Coming {
+    const NOTHING: Self = Self {
+        next: std::ptr::null(),
+        lines: 0,
+    };
+}
+
+/// Decodes some chunks of a panel: to an address that is 64-byte aligned and has room for 16 weight vectors a chunk.
+type Unpacker =
+    unsafe fn(&Decoder, &KLayout, *const u8, Range<usize>, Option<Scaled<'_>>, Coming, *mut u8);
+
+/// Finds the function that decodes a matrix.
 struct Find<'a>(&'a Decoder);
 
 impl SimdOp for Find<'_> {
     type Output = Unpacker;
+    const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, _: S) -> Unpacker {
         let decoder = self.0;
@@ -481,6 +805,8 @@ unsafe fn unpack<S: Simd, D: Decode<S>>(
     layout: &KLayout,
     panel: *const u8,
     chunks: Range<usize>,
+    scaled: Option<Scaled<'_>>,
+    coming: Coming,
     to: *mut u8,
 ) {
     if let Some(s) = S::new() {
@@ -490,6 +816,8 @@ unsafe fn unpack<S: Simd, D: Decode<S>>(
             layout,
             panel,
             chunks,
+            scaled,
+            coming,
             to,
             kind: PhantomData,
         });
@@ -503,6 +831,8 @@ struct Unpack<'a, S: Simd, D: Decode<S>> {
     layout: &'a KLayout,
     panel: *const u8,
     chunks: Range<usize>,
+    scaled: Option<Scaled<'a>>,
+    coming: Coming,
     to: *mut u8,
     kind: PhantomData<D>,
 }
@@ -513,7 +843,9 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
     fn eval<T: Simd>(self, _: T) {
         let (s, layout) = (self.s, self.layout);
         let decode = D::new(s, self.decoder);
-        let mut to = self.to;
+        let (mut to, Coming { mut next, lines }) = (self.to, self.coming);
+        let pairs = self.chunks.len() * VECTORS / 2;
+        let mut credit = 0;
         for chunk in self.chunks {
             // SAFETY: the chunk is in the panel; the maker of `Unpack` gave room for 16 vectors a chunk.
             unsafe {
@@ -524,14 +856,35 @@ impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
                         if $q > 0 && $q * 16 % D::BLOCK == 0 {
                             block = decode.block(s, layout, self.panel, chunk, $q);
                         }
-                        quarter!($q * 4, 0, 2);
+                        let by = match self.scaled {
+                            Some(scaled) if const { S::STORED && !D::FOLDED } => {
+                                let block = (chunk * CHUNK + $q * 16) / scaled.scale.block;
+                                Some((scaled.scale.sub(s, layout, self.panel, block), scaled.apart))
+                            }
+                            _ => None,
+                        };
+                        quarter!($q * 4, by, 0, 2);
                     }};
-                    ($g:expr, $($i:literal),*) => { $(
+                    ($g:expr, $by:ident, $($i:literal),*) => { $(
+                        credit += lines;
+                        while credit >= pairs {
+                            credit -= pairs;
+                            s.prefetch_far(next);
+                            next = next.wrapping_add(64);
+                        }
                         let w = [
                             decode.vector::<{ $g + $i }>(s, &block, codes),
                             decode.vector::<{ $g + $i + 1 }>(s, &block, codes),
                         ];
-                        s.store_pair(w, to.add(($g + $i) * S::WEIGHT_BYTES));
+                        let here = to.add(($g + $i) * S::WEIGHT_BYTES);
+                        if let Some((by, apart)) = $by {
+                            // Written out: what a closure holds is not always compiled for the instruction set.
+                            let w = [s.scale(w[0], by), s.scale(w[1], by)];
+                            s.store_pair([w[0][0], w[1][0]], here);
+                            s.store_pair([w[0][1], w[1][1]], here.add(apart));
+                        } else {
+                            s.store_pair(w, here);
+                        }
                     )* };
                 }
                 quarter!(0);

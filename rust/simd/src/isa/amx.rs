@@ -3,7 +3,8 @@
 //! A tile register holds 16 rows of 64 bytes. Activations of 16 tokens by 64 inputs are one (A), 16 decoded code vectors of 16
 //! rows by 4 inputs, which is 64 inputs, are another (B, as the product wants it: four inputs of a column side by side), and
 //! the int32 results of 16 tokens by 16 rows a third (C). One instruction adds the product of A and B to C, exactly. Compilers
-//! do not allocate tile registers, so a product is one piece of assembly: C from memory, all steps of 64 inputs, C to memory.
+//! do not allocate tile registers, so a product is one piece of assembly: all steps of 64 inputs, then C to memory. Products of 32 inputs
+//! have tiles half as wide (A) and half as high (B).
 //!
 //! | registers | what |
 //! |---|---|
@@ -14,6 +15,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, __m512i};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,14 +38,22 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// All eight tiles full: 16 rows of 64 bytes. Smaller ones would take as long.
-static CONFIG: Config = Config {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
+impl Config {
+    /// Eight tiles as the table above names them, A and B of so many inputs.
+    const fn of(inputs: u8) -> Self {
+        let (a, b) = (inputs as u16, inputs / 4);
+        Self {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [64, 64, 64, 64, a, a, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+            rows: [16, 16, 16, 16, 16, 16, b, b, 0, 0, 0, 0, 0, 0, 0, 0],
+        }
+    }
+}
+
+static WHOLE: Config = Config::of(STEP as u8);
+static HALF: Config = Config::of(STEP as u8 / 2);
 
 /// Declares all tile registers as overwritten.
 macro_rules! tiles {
@@ -58,14 +68,20 @@ macro_rules! tiles {
     };
 }
 
-/// Gives this thread's tiles their shapes.
+/// Gives this thread's tiles their shapes, for products of `inputs` inputs: 32, or a multiple of 64.
 ///
 /// # Safety
 /// The process may use AMX.
 #[inline(always)]
-pub(super) unsafe fn configure() {
+pub(super) unsafe fn configure(inputs: usize) {
+    debug_assert!(inputs == STEP / 2 || inputs.is_multiple_of(STEP));
+    let config = if inputs < STEP {
+        &raw const HALF
+    } else {
+        &raw const WHOLE
+    };
     // SAFETY: as the caller says; the operand has the 64 bytes and the values that the instruction wants.
-    unsafe { tiles!("ldtilecfg [{config}]"; config = in(reg) &raw const CONFIG,) }
+    unsafe { tiles!("ldtilecfg [{config}]"; config = in(reg) config,) }
 }
 
 /// Back to the state of a thread that never used tiles, which costs nothing to switch from.
@@ -78,7 +94,7 @@ pub(super) unsafe fn release() {
     unsafe { tiles!("tilerelease";) }
 }
 
-/// [`Simd::product`] of 16 or 32 tokens by one or two panels.
+/// [`Simd::product`] of 16 or 32 tokens by two panels.
 ///
 /// # Safety
 /// As [`Simd::product`]; [`configure`] was called.
@@ -87,93 +103,65 @@ pub(super) unsafe fn multiply<const P: usize, const M: usize>(
     weights: [*const u8; P],
     acts: *const u8,
     groups: Range<usize>,
-    dots: &mut [[__m512i; M]; P],
+    sums: &mut MaybeUninit<[[__m512i; M]; P]>,
 ) {
-    assert!((P == 1 || P == 2) && (M == ROWS || M == 2 * ROWS));
-    debug_assert!(groups.start.is_multiple_of(ROWS) && groups.end.is_multiple_of(ROWS));
-    let steps = groups.len() / ROWS;
-    if steps == 0 {
-        return;
-    }
-    let (first, second) = (weights[0], weights[P - 1]);
-    let acts = acts.wrapping_add(groups.start * 4 * M);
-    /// Where results are, what is read, how often, and the bytes of a row.
+    assert!(P == 2 && (M == ROWS || M == 2 * ROWS));
+    // Half a step is all of a product, and the only one that may begin within a step.
+    let (step, within) = (groups.start / ROWS, groups.start % ROWS);
+    let steps = groups.len().div_ceil(ROWS);
+    debug_assert!(
+        steps > 0 && (groups.len().is_multiple_of(ROWS) && within == 0 || groups.len() == ROWS / 2)
+    );
+    let acts = acts.wrapping_add(step * STEP * M + within * 4);
+    /// Where results go, what is read, how often, and the bytes of a row.
     macro_rules! product {
-        ($($line:literal)* ; $($second:tt)*) => {
+        ($($line:literal)*) => {
             tiles!(
                 $($line)* ;
-                c = in(reg) dots.as_mut_ptr(),
+                c = in(reg) sums.as_mut_ptr(),
                 a = inout(reg) acts => _,
-                b = inout(reg) first => _,
+                b = inout(reg) weights[0] => _,
+                d = inout(reg) weights[1] => _,
                 n = inout(reg) steps => _,
                 s = in(reg) STEP,
-                $($second)*
             )
         };
     }
-    // SAFETY: `dots` is C as the tiles lie, `[P][M]` rows of 64 bytes; the caller says that the rest is readable.
+    // SAFETY: `sums` is C as the tiles lie, `[P][M]` rows of 64 bytes; the caller says that the rest is readable.
     unsafe {
-        match (P, M) {
-            (1, ROWS) => product!(
-                "tileloadd tmm0, [{c} + {s}*1]"
+        if M == ROWS {
+            product!(
+                "tilezero tmm0"
+                "tilezero tmm2"
                 "2:"
                 "tileloadd tmm4, [{a} + {s}*1]"
                 "tileloadd tmm6, [{b} + {s}*1]"
-                "tdpbsud tmm0, tmm4, tmm6"
-                "add {a}, 1024"
-                "add {b}, 1024"
-                "dec {n}"
-                "jnz 2b"
-                "tilestored [{c} + {s}*1], tmm0";
-            ),
-            (1, _) => product!(
-                "tileloadd tmm0, [{c} + {s}*1]"
-                "tileloadd tmm1, [{c} + {s}*1 + 1024]"
-                "2:"
-                "tileloadd tmm4, [{a} + {s}*1]"
-                "tileloadd tmm6, [{b} + {s}*1]"
-                "tdpbsud tmm0, tmm4, tmm6"
-                "tileloadd tmm5, [{a} + {s}*1 + 1024]"
-                "tdpbsud tmm1, tmm5, tmm6"
-                "add {a}, 2048"
-                "add {b}, 1024"
-                "dec {n}"
-                "jnz 2b"
-                "tilestored [{c} + {s}*1], tmm0"
-                "tilestored [{c} + {s}*1 + 1024], tmm1";
-            ),
-            (_, ROWS) => product!(
-                "tileloadd tmm0, [{c} + {s}*1]"
-                "tileloadd tmm2, [{c} + {s}*1 + 1024]"
-                "2:"
-                "tileloadd tmm4, [{a} + {s}*1]"
-                "tileloadd tmm6, [{b} + {s}*1]"
-                "tdpbsud tmm0, tmm4, tmm6"
+                "tdpbssd tmm0, tmm4, tmm6"
                 "tileloadd tmm7, [{d} + {s}*1]"
-                "tdpbsud tmm2, tmm4, tmm7"
+                "tdpbssd tmm2, tmm4, tmm7"
                 "add {a}, 1024"
                 "add {b}, 1024"
                 "add {d}, 1024"
                 "dec {n}"
                 "jnz 2b"
                 "tilestored [{c} + {s}*1], tmm0"
-                "tilestored [{c} + {s}*1 + 1024], tmm2";
-                d = inout(reg) second => _,
-            ),
-            _ => product!(
-                "tileloadd tmm0, [{c} + {s}*1]"
-                "tileloadd tmm1, [{c} + {s}*1 + 1024]"
-                "tileloadd tmm2, [{c} + {s}*1 + 2048]"
-                "tileloadd tmm3, [{c} + {s}*1 + 3072]"
+                "tilestored [{c} + {s}*1 + 1024], tmm2"
+            );
+        } else {
+            product!(
+                "tilezero tmm0"
+                "tilezero tmm1"
+                "tilezero tmm2"
+                "tilezero tmm3"
                 "2:"
                 "tileloadd tmm4, [{a} + {s}*1]"
                 "tileloadd tmm6, [{b} + {s}*1]"
-                "tdpbsud tmm0, tmm4, tmm6"
+                "tdpbssd tmm0, tmm4, tmm6"
                 "tileloadd tmm7, [{d} + {s}*1]"
-                "tdpbsud tmm2, tmm4, tmm7"
+                "tdpbssd tmm2, tmm4, tmm7"
                 "tileloadd tmm5, [{a} + {s}*1 + 1024]"
-                "tdpbsud tmm1, tmm5, tmm6"
-                "tdpbsud tmm3, tmm5, tmm7"
+                "tdpbssd tmm1, tmm5, tmm6"
+                "tdpbssd tmm3, tmm5, tmm7"
                 "add {a}, 2048"
                 "add {b}, 1024"
                 "add {d}, 1024"
@@ -182,9 +170,8 @@ pub(super) unsafe fn multiply<const P: usize, const M: usize>(
                 "tilestored [{c} + {s}*1], tmm0"
                 "tilestored [{c} + {s}*1 + 1024], tmm1"
                 "tilestored [{c} + {s}*1 + 2048], tmm2"
-                "tilestored [{c} + {s}*1 + 3072], tmm3";
-                d = inout(reg) second => _,
-            ),
+                "tilestored [{c} + {s}*1 + 3072], tmm3"
+            );
         }
     }
 }
@@ -283,51 +270,58 @@ impl SimdOp for Check {
     type Output = bool;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) -> bool {
-        check::<S, 1, ROWS>(s)
-            && check::<S, 2, ROWS>(s)
-            && check::<S, 1, { 2 * ROWS }>(s)
-            && check::<S, 2, { 2 * ROWS }>(s)
+        let sizes = [0..STEPS * ROWS, ROWS..2 * ROWS];
+        let halves = [0..ROWS / 2, ROWS + ROWS / 2..2 * ROWS];
+        (sizes.into_iter().chain(halves)).all(|groups| {
+            check::<S, ROWS>(s, groups.clone()) && check::<S, { 2 * ROWS }>(s, groups)
+        })
     }
 }
 
-/// A decoded code vector: [16 rows][4 inputs] of weights plus 128.
+/// A decoded code vector: [16 rows][4 inputs] of weights.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Vector([u8; STEP]);
 
-/// One product of `P` panels and `M` tokens.
+/// One product of two panels and `M` tokens.
 #[inline(always)]
-fn check<S: Simd, const P: usize, const M: usize>(s: S) -> bool {
+fn check<S: Simd, const M: usize>(s: S, groups: Range<usize>) -> bool {
     let mut state = 1u32;
     let mut byte = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 24) as u8
     };
     let weights =
-        [[(); STEPS * ROWS]; P].map(|panel| panel.map(|()| Vector([(); STEP].map(|()| byte()))));
+        [[(); STEPS * ROWS]; 2].map(|panel| panel.map(|()| Vector([(); STEP].map(|()| byte()))));
     let acts = [[[(); STEP]; M]; STEPS].map(|step| step.map(|row| row.map(|()| byte())));
-    let mut dots = [[s.splat_i32(0); M]; P];
-    for n in 0..M {
-        dots[P - 1][n] = s.splat_i32(-1000 * n as i32);
-    }
-    s.begin_products();
+    let mut sums = MaybeUninit::uninit();
+    s.begin_products(groups.len() * 4);
     // SAFETY: there are `STEPS` steps of weights and activations, and products have begun.
-    unsafe {
-        let from = weights.each_ref().map(|panel| panel.as_ptr().cast());
-        s.product(from, acts.as_ptr().cast(), 0..STEPS * ROWS, &mut dots);
-    }
+    let sums = unsafe {
+        let from = weights
+            .each_ref()
+            .map(|panel| panel.as_ptr().add(groups.start).cast());
+        s.product(
+            from,
+            acts.as_ptr().cast(),
+            groups.clone(),
+            [s.splat_i32(0); M],
+            &mut sums,
+        );
+        sums.assume_init()
+    };
     s.end_products();
     let right = |p: usize, n: usize, row: usize| {
-        let products = (0..STEPS * STEP).map(|i| {
+        let products = (groups.start * 4..groups.end * 4).map(|i| {
             let w = weights[p][i / 4].0[row * 4 + i % 4];
-            i32::from(w) * i32::from(acts[i / STEP][n][i % STEP] as i8)
+            i32::from(w as i8) * i32::from(acts[i / STEP][n][i % STEP] as i8)
         });
-        products.sum::<i32>() - if p == P - 1 { 1000 * n as i32 } else { 0 }
+        products.sum::<i32>()
     };
-    (0..P * M).all(|i| {
+    (0..2 * M).all(|i| {
         let (p, n) = (i / M, i % M);
         let mut got = [0; LANES];
-        s.store_i32(dots[p][n], &mut got);
+        s.store_i32(sums[p][n], &mut got);
         got == std::array::from_fn(|row| right(p, n, row))
     })
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::wildcard_imports, reason = "intrinsics")]
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::amx;
@@ -84,13 +85,15 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         VBMI => Isa::Avx512Vbmi,
         _ => Isa::Avx512,
     };
-    const BIAS: u8 = 0x80;
+    /// Tiles multiply signed numbers with each other.
+    const BIAS: u8 = if LEVEL == AMX { 0 } else { 0x80 };
     const WEIGHT_BYTES: usize = 64;
     const PAIRS: bool = false;
     const RUN: usize = if LEVEL == AMX { amx::STEP } else { 4 };
     const LEAST: usize = if LEVEL == AMX { amx::ROWS } else { 1 };
     const TILE: usize = if LEVEL == AMX { 2 * amx::ROWS } else { 12 };
     const PANELS: usize = 2;
+    const STORED: bool = LEVEL == AMX;
     const DIRECT: usize = if LEVEL == AMX { 0 } else { 16 };
 
     fn new() -> Option<Self> {
@@ -349,7 +352,14 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     }
     #[inline(always)]
     fn linear(self, code: Self::Bytes, add: Self::Bytes, floor: Self::Bytes) -> Self::Bytes {
-        unsafe { _mm512_max_epu8(_mm512_add_epi8(code, add), floor) }
+        unsafe {
+            let v = _mm512_add_epi8(code, add);
+            if Self::BIAS == 0 {
+                _mm512_max_epi8(v, floor)
+            } else {
+                _mm512_max_epu8(v, floor)
+            }
+        }
     }
     #[inline(always)]
     fn table(self, book: &Book) -> Self::Table {
@@ -389,8 +399,10 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
             table(LEVEL >= VBMI, &book.values, 0)
         };
         // 255 is as good as 256: (255 v + 128) >> 8 is v for all entries, which are -127..=127.
-        let twice = book.ladder.map(|l| (2 * u16::from(l)).min(255) as u8);
-        let ladder = unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(twice.as_ptr().cast())) };
+        let ladder = unsafe {
+            let once = _mm_loadu_si128(book.ladder.as_ptr().cast());
+            _mm512_broadcast_i32x4(_mm_adds_epu8(once, once))
+        };
         Ladder { table, ladder }
     }
     #[inline(always)]
@@ -449,7 +461,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
             }
             // Twice the product with its rounding has the weight in its upper byte; the lower one is dropped.
             let value = self.lookup::<BITS>(&ladder.table, code);
-            let bias = _mm512_set1_epi16(0x8080u16 as i16);
+            let bias = _mm512_set1_epi16(i16::from_le_bytes([0x80, Self::BIAS]));
             let even = _mm512_add_epi16(_mm512_maddubs_epi16(rungs.v, value), bias);
             let odd = _mm512_add_epi16(_mm512_maddubs_epi16(rungs.odd, value), bias);
             upper_bytes(even, odd)
@@ -472,9 +484,30 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         unsafe { _mm512_dpbusd_epi32(acc, w, a) }
     }
     #[inline(always)]
-    fn begin_products(self) {
+    fn scale(self, w: Self::Weights, by: Self::I32) -> [Self::Weights; 2] {
+        unsafe {
+            // Both halves of a row's 32 bits.
+            let by = _mm512_or_si512(
+                _mm512_and_si512(by, _mm512_set1_epi32(0xffff)),
+                _mm512_slli_epi32::<16>(by),
+            );
+            let even = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(w)), by);
+            let odd = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(w), by);
+            // As signed bytes: the lower one may count down from the next 256.
+            let half = _mm512_set1_epi16(128);
+            let high = _mm512_mask_blend_epi8(
+                ODD,
+                _mm512_srli_epi16::<8>(_mm512_add_epi16(even, half)),
+                _mm512_add_epi16(odd, half),
+            );
+            let low = _mm512_mask_blend_epi8(ODD, even, _mm512_slli_epi16::<8>(odd));
+            [high, low]
+        }
+    }
+    #[inline(always)]
+    fn begin_products(self, inputs: usize) {
         if const { LEVEL == AMX } {
-            unsafe { amx::configure() }
+            unsafe { amx::configure(inputs) }
         }
     }
     #[inline(always)]
@@ -489,13 +522,14 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         weights: [*const u8; P],
         acts: *const u8,
         groups: Range<usize>,
-        dots: &mut [[Self::I32; M]; P],
+        start: [Self::I32; M],
+        sums: &mut MaybeUninit<[[Self::I32; M]; P]>,
     ) {
         unsafe {
             if const { LEVEL == AMX } {
-                amx::multiply(weights, acts, groups, dots);
+                amx::multiply(weights, acts, groups, sums);
             } else {
-                multiply(self, weights, acts, groups, dots);
+                multiply(self, weights, acts, groups, sums.write([start; P]));
             }
         }
     }
@@ -508,6 +542,9 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
+
+/// Every second byte.
+const ODD: __mmask64 = 0xaaaa_aaaa_aaaa_aaaa;
 
 impl Half {
     const NONE: Self = Self { lower: 0, upper: 0 };

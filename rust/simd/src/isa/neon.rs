@@ -11,6 +11,7 @@
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::dispatch::detected;
@@ -446,8 +447,10 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
         weights: [*const u8; P],
         acts: *const u8,
         groups: Range<usize>,
-        dots: &mut [[Self::I32; M]; P],
+        start: [Self::I32; M],
+        sums: &mut MaybeUninit<[[Self::I32; M]; P]>,
     ) {
+        let dots = sums.write([start; P]);
         let acts = acts.wrapping_add(groups.start * 4 * M);
         for p in 0..P {
             unsafe {

@@ -42,19 +42,20 @@ mod linux {
     use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
     /// What [`counts`] counts.
-    pub(crate) const COUNTED: [&str; 5] = [
+    pub(crate) const COUNTED: [&str; 6] = [
         "ldtilecfg",
         "tilerelease",
         "tileloadd",
         "tilestored",
-        "tdpbsud",
+        "tdpbssd",
+        "tilezero",
     ];
 
-    static DONE: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
+    static DONE: [AtomicU64; COUNTED.len()] = [const { AtomicU64::new(0) }; COUNTED.len()];
     static INSTALL: Once = Once::new();
 
     /// How many instructions of each of the [`COUNTED`] were carried out.
-    pub(crate) fn counts() -> [u64; 5] {
+    pub(crate) fn counts() -> [u64; COUNTED.len()] {
         std::array::from_fn(|i| DONE[i].load(Ordering::Relaxed))
     }
 
@@ -233,6 +234,12 @@ mod linux {
                     DONE[0].fetch_add(1, Ordering::Relaxed);
                     return 4 + operand.length;
                 }
+                (0x49, 3, 3) if mode & 7 == 0 && third == 0 => {
+                    check(tiles.rows[tile] > 0, "a tile without a shape");
+                    tiles.data[tile] = [[0; 64]; 16];
+                    DONE[5].fetch_add(1, Ordering::Relaxed);
+                    return 5;
+                }
                 (0x4b, 3, 0..=2) => 2,
                 (0x4b, 2, 0..=2) => 3,
                 (0x5e, _, 3) => {
@@ -241,7 +248,7 @@ mod linux {
                     // The letters of tdpbXYd: no prefix is uu, 66 us, f3 su, f2 ss.
                     let (signed_first, signed_second) = (prefix >= 2, prefix == 3 || prefix == 1);
                     multiply(tiles, tile, first, second, signed_first, signed_second);
-                    if prefix == 2 {
+                    if prefix == 3 {
                         DONE[4].fetch_add(1, Ordering::Relaxed);
                     }
                     return 5;

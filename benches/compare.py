@@ -40,7 +40,7 @@ SAME_FILE = ("Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
 DECODES = 3
-"""Further passes of every round, that measure decode only."""
+"""Further passes of every round, at most, that measure decode only."""
 BATCH_DECODES = 1
 """The same, of batches."""
 SMALL = {"load", "first_token", "peak", "resident", "read", "near", "far"}
@@ -103,6 +103,7 @@ class Bench:
     peer: peers.Peers
     threads: int
     rounds: int
+    decodes: int
     timeout: float
     rows: dict[str, Row] = field(default_factory=dict)
     reads: list[float] = field(default_factory=list)
@@ -124,7 +125,7 @@ class Bench:
         decodes: int = 0,
     ) -> Row:
         """The row of that name."""
-        row = Row(name, near, measure, min(rounds, self.rounds), decodes)
+        row = Row(name, near, measure, min(rounds, self.rounds), min(decodes, self.decodes))
         return self.rows.setdefault(name, row)
 
     def kbit(
@@ -209,7 +210,7 @@ class Bench:
         kinds = list(dict.fromkeys(row.near for row in self.rows.values()))
         rows = sorted(self.rows.values(), key=lambda row: kinds.index(row.near))
         for turn in range(most):
-            for again in range(1 + DECODES):
+            for again in range(1 + self.decodes):
                 self.limits()
                 for row in rows:
                     if turn >= row.rounds or again > row.decodes or row.failed:
@@ -565,7 +566,8 @@ def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
         kinds |= set(SAME_FILE)
     found = {kind: peers.quantised(peer, gguf, kind) for kind in sorted(kinds)}
     shape = shapes.SHAPES[args.shape]
-    return Bench(args.shape, shape, saved, found, peer, args.threads, args.rounds, args.timeout)
+    rest = (args.threads, args.rounds, args.decodes, args.timeout)
+    return Bench(args.shape, shape, saved, found, peer, *rest)
 
 
 def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:
@@ -578,8 +580,8 @@ def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:
         *b.peer.notes,
         "",
         f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {rounds} interleaved rounds"
-        f"{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + DECODES} passes of decode each "
-        f"({1 + BATCH_DECODES} of batches) of {TURNS} turns ({BATCH_TURNS}), {minutes:.0f} minutes.",
+        f"{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + b.decodes} passes of decode each "
+        f"({1 + min(BATCH_DECODES, b.decodes)} of batches) of {TURNS} turns ({BATCH_TURNS}), {minutes:.0f} minutes.",
         f"Limits, before each pass and after each round: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} "
         f"GB/s (middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth "
         "are those of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes "
@@ -605,6 +607,13 @@ def main() -> None:
     ask.add_argument("--threads", type=int, default=min(4, cores))
     ask.add_argument(
         "--rounds", type=int, default=3, help=f"default 3; at depth at most {DEEP_ROUNDS}"
+    )
+    ask.add_argument(
+        "--decodes",
+        type=int,
+        default=DECODES,
+        choices=range(DECODES + 1),
+        help=f"further passes of a round that measure decode only; default {DECODES}",
     )
     ask.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
     ask.add_argument(

@@ -481,7 +481,16 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     }
     #[inline(always)]
     fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32 {
-        unsafe { _mm512_dpbusd_epi32(acc, w, a) }
+        unsafe {
+            if Self::BIAS == 0 {
+                // No kernel has this: tiles multiply what is signed, this instruction does not.
+                let bias = _mm512_set1_epi8(-128);
+                let sum = _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, bias), a);
+                let more = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bias, a);
+                return _mm512_sub_epi32(sum, more);
+            }
+            _mm512_dpbusd_epi32(acc, w, a)
+        }
     }
     #[inline(always)]
     fn scale(self, w: Self::Weights, by: Self::I32) -> [Self::Weights; 2] {

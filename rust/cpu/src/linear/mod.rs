@@ -12,6 +12,8 @@
 //! | `scales.rs` | from exact int32 sums to f32: one function for every scale kind and kernel |
 //! | `direct.rs` | one token or a few: decode in registers, read every weight once |
 //! | `tiles.rs` | more tokens: decode some super-blocks into the first cache, multiply them with every tile of tokens |
+//! | `stored.rs` | the same with matrix tiles, whose sums lie in memory |
+//! | `unpack.rs` | decoding to memory |
 //! | `float.rs` | dense weights, f32 codebooks and f32 activations |
 //! | `trace.rs` | which kernels ran |
 
@@ -19,8 +21,10 @@ mod codes;
 mod direct;
 mod float;
 mod scales;
+mod stored;
 mod tiles;
 pub mod trace;
+mod unpack;
 
 use std::ops::Range;
 

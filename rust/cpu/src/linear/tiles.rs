@@ -4,7 +4,6 @@
 
 use std::cell::RefCell;
 use std::hint::black_box;
-use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -12,8 +11,9 @@ use kbit_simd::{Simd, SimdOp, dispatch};
 use kbit_tensor::{CHUNK, KLayout, SUPER};
 
 use super::Codes;
-use super::codes::{Decode, Decoder, with_decode};
 use super::scales::{BLOCKS, Scale, Settle, settle_wide, start};
+use super::stored::Late;
+use super::unpack::{Coming, Find, Scaled, Unpacker};
 use crate::acts::Tile;
 
 /// Bytes of results of some panels at most; more tokens than have room there are done one after the other.
@@ -30,12 +30,6 @@ const MANY: usize = 16;
 const SEVERAL: usize = 4;
 /// Super-blocks between asking for codes and decoding them, at least those of a stage.
 const AHEAD: usize = 4;
-/// Bytes between reading codes and asking for them, where one tile meets all.
-const AHEAD_BYTES: usize = 8 << 10;
-/// Chunks decoded before one is multiplied: what was just written cannot be loaded as a tile until it has left for the first cache.
-const LAG: usize = 2;
-/// Code vectors of a chunk.
-const VECTORS: usize = CHUNK / 4;
 
 /// 64-byte lines: vectors.
 #[derive(Clone, Copy)]
@@ -87,9 +81,9 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
 }
 
 /// `P` panels at a time by tiles of `M` tokens; scales by blocks of `BLOCK` inputs, with integers below them or not (`SUBS`).
-struct Tiles<'a, S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>(
-    S,
-    Codes<'a>,
+pub(super) struct Tiles<'a, S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>(
+    pub S,
+    pub Codes<'a>,
 );
 
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
@@ -147,13 +141,13 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
 }
 
 /// Memory for some panels at a time.
-struct Room<S: Simd> {
+pub(super) struct Room<S: Simd> {
     /// So many panels.
     side: usize,
     /// So many super-blocks of each.
     together: usize,
     /// Their decoded super-blocks.
-    stage: *mut u8,
+    pub stage: *mut u8,
     /// \[tile\]\[panel\]\[places\].
     results: *mut S::F32,
     /// Results of a tile and panel at most.
@@ -164,7 +158,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
     Tiles<'_, S, P, M, BLOCK, SUBS>
 {
     /// Planes of decoded weights, two where they are scaled as integers.
-    const PLANES: usize = if S::STORED && SUBS { 2 } else { 1 };
+    pub(super) const PLANES: usize = if S::STORED && SUBS { 2 } else { 1 };
     /// Bytes of a decoded super-block of a panel, both planes.
     const SUPER_BYTES: usize = Self::PLANES * (SUPER / 4) * S::WEIGHT_BYTES;
     /// Super-blocks of a stage, of all its panels.
@@ -195,7 +189,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             scale: job.scale,
             apart: together * Self::SUPER_BYTES / 2,
         });
-        let mut late = Late::<S, P, M>::new();
+        let mut late = Late::<S, P, M>::new(s, job.scale, layout);
         let stages = layout.supers.div_ceil(together);
         for stage in 0..stages {
             let first = stage * together;
@@ -272,141 +266,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
         }
     }
 
-    /// Panels side by side by one tile, where decoding takes longer than products: a chunk is decoded while one before it is multiplied.
-    #[inline(always)]
-    fn beside(&self, panels: Range<usize>, number: usize, unpack: Unpacker, room: &Room<S>) {
-        let Self(s, job) = self;
-        let (s, layout, tile) = (*s, job.source.layout, *job.acts.tile(number));
-        let plane = VECTORS * S::WEIGHT_BYTES;
-        let scaled = (Self::PLANES == 2).then_some(Scaled {
-            scale: job.scale,
-            apart: plane,
-        });
-        let mut at = [job.source.at(panels.start); P];
-        if P == 2 {
-            at[P - 1] = job.source.at(panels.end - 1);
-        }
-        // Of each chunk two panels, or both planes of one.
-        let ring = [0, 1, 2, 3].map(|n| room.stage.wrapping_add(2 * plane * n));
-        // Of the chunks of two super-blocks.
-        let mut sums = [const { [const { MaybeUninit::<[[S::I32; M]; 2]>::uninit() }; 4] }; 2];
-        let mut y = [[s.splat(0.0); M]; P];
-        let ahead = (AHEAD_BYTES / (job.decoder.bits * 128)).min(layout.chunks);
-        for chunk in 0..layout.chunks + LAG {
-            if chunk < layout.chunks {
-                for n in 0..panels.len() {
-                    let later = (chunk + ahead) / layout.chunks * P;
-                    let coming = (chunk + ahead) % layout.chunks;
-                    let coming = job.source.stored(coming..coming + 1, job.decoder.bits);
-                    let coming = Coming {
-                        next: job
-                            .source
-                            .ahead(panels.start + n + later)
-                            .wrapping_add(coming.start),
-                        lines: coming.len().div_ceil(64),
-                    };
-                    let to = ring[chunk % 4].wrapping_add(n * plane);
-                    // SAFETY: a chunk of a panel of the matrix; the ring has room for it.
-                    unsafe {
-                        unpack(
-                            job.decoder,
-                            layout,
-                            at[n],
-                            chunk..chunk + 1,
-                            scaled,
-                            coming,
-                            to,
-                        )
-                    }
-                }
-            }
-            let Some(chunk) = chunk.checked_sub(LAG) else {
-                continue;
-            };
-            let (sup, last) = (chunk / 4, chunk + 1 == layout.chunks);
-            // At an odd end a panel is its own partner.
-            let second = if Self::PLANES == 2 || panels.len() == 2 {
-                plane
-            } else {
-                0
-            };
-            let weights = [
-                ring[chunk % 4].cast_const(),
-                ring[chunk % 4].wrapping_add(second).cast_const(),
-            ];
-            // SAFETY: the chunk was decoded, and the tile holds it.
-            unsafe {
-                let start = [s.splat_i32(0); M];
-                let sum = &mut sums[sup % 2][chunk % 4];
-                s.product(
-                    weights,
-                    tile.data,
-                    chunk * VECTORS..(chunk + 1) * VECTORS,
-                    start,
-                    sum,
-                );
-                if chunk % 4 == 3 || last {
-                    if sup > 0 {
-                        self.settle(&mut sums[(sup - 1) % 2], 4, sup - 1, &at, &tile, &mut y);
-                    }
-                    if last {
-                        self.settle(&mut sums[sup % 2], chunk % 4 + 1, sup, &at, &tile, &mut y);
-                    }
-                }
-            }
-        }
-        for n in 0..panels.len() {
-            for token in 0..tile.tokens {
-                // SAFETY: `Matrix::run` has this part of the output to itself.
-                let out = unsafe { job.out.part(number * M + token, panels.start + n) };
-                s.store_part(y[n][token], out);
-            }
-        }
-    }
-
-    /// Takes the sums of the chunks of a super-block into the results.
-    ///
-    /// # Safety
-    /// There are so many `chunks`; the rest as [`settle_wide`].
-    #[inline(always)]
-    unsafe fn settle(
-        &self,
-        sums: &mut [MaybeUninit<[[S::I32; M]; 2]>; 4],
-        chunks: usize,
-        sup: usize,
-        at: &[*const u8; P],
-        tile: &Tile,
-        y: &mut [[S::F32; M]; P],
-    ) {
-        let Self(s, job) = self;
-        let (s, layout) = (*s, job.source.layout);
-        // SAFETY: as the caller says.
-        unsafe {
-            let (first, others) = sums.split_at_mut(1);
-            let first = first[0].assume_init_mut();
-            for other in &others[..chunks - 1] {
-                let other = other.assume_init_ref();
-                for p in 0..2 {
-                    for n in 0..M {
-                        first[p][n] = s.add_i32(first[p][n], other[p][n]);
-                    }
-                }
-            }
-            if P == 1 {
-                let mut weighed = [s.splat_i32(0); M];
-                for n in 0..M {
-                    weighed[n] = s.add_i32(s.shl_i32(first[0][n], 8), first[1][n]);
-                }
-                job.scale
-                    .settle(s, layout, at[0], tile, sup, &weighed, &mut y[0]);
-            } else {
-                for p in 0..P {
-                    settle_wide(s, layout, at[p], tile, sup, &first[p], &mut y[p]);
-                }
-            }
-        }
-    }
-
     /// Finds the kernel for the size of the tile: a whole one here, others apart.
     ///
     /// # Safety
@@ -450,20 +309,19 @@ const fn exists<S: Simd>(tokens: usize) -> bool {
 }
 
 /// A tile by some super-blocks of `P` panels.
-#[derive(Clone, Copy)]
-struct Place<'a, S: Simd, const P: usize> {
+pub(super) struct Place<'a, S: Simd, const P: usize> {
     s: S,
     scale: &'a Scale,
     layout: &'a KLayout,
-    tile: &'a Tile,
+    pub tile: &'a Tile,
     /// Super-blocks, from the first to the end.
-    first: usize,
-    end: usize,
-    panels: [*const u8; P],
+    pub first: usize,
+    pub end: usize,
+    pub panels: [*const u8; P],
     /// The super-blocks, decoded.
-    weights: [*const u8; P],
+    pub weights: [*const u8; P],
     /// From there to their second plane, where there is one.
-    apart: usize,
+    pub apart: usize,
     /// What to ask for meanwhile, of the first panel (that of the other lies behind): so many lines a super-block.
     ahead: *const u8,
     lines: usize,
@@ -485,7 +343,7 @@ impl<S: Simd, const P: usize, const N: usize, const BLOCK: usize> SimdOp
         // SAFETY: as the maker says.
         unsafe {
             if S::STORED {
-                let mut late = Late::<S, P, N>::new();
+                let mut late = Late::<S, P, N>::new(place.s, place.scale, place.layout);
                 late.add(place, y.cast());
                 late.settle();
             } else if BLOCK < SUPER {
@@ -522,7 +380,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
 
     /// Asks for what comes later, at an even pace: with super-block `sup`.
     #[inline(always)]
-    fn ask(&self, sup: usize) {
+    pub(super) fn ask(&self, sup: usize) {
         let first = (sup - self.first) * self.lines;
         for line in first..first + self.lines {
             for p in 0..P {
@@ -534,7 +392,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
 
     /// The inputs of a super-block.
     #[inline(always)]
-    fn inputs(&self, sup: usize) -> Range<usize> {
+    pub(super) fn inputs(&self, sup: usize) -> Range<usize> {
         sup * SUPER..(self.layout.chunks * CHUNK).min(sup * SUPER + SUPER)
     }
 
@@ -641,258 +499,6 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
                 dots,
                 y,
             });
-        }
-    }
-}
-
-/// Products whose sums lie in memory ([`Simd::STORED`]): those of one step, the inputs of a scale, are taken into the results while the next
-/// step's products run, whatever tile and panels that is of.
-struct Late<'a, S: Simd, const P: usize, const N: usize> {
-    /// Of two panels, or of both planes of one; one of the rooms is written while the other is read.
-    rooms: [MaybeUninit<[[S::I32; N]; 2]>; 2],
-    turn: usize,
-    /// What is in the other room: of which step, and where its results are.
-    waiting: Option<(Place<'a, S, P>, usize, *mut [[S::F32; N]; P])>,
-}
-
-impl<'a, S: Simd, const P: usize, const N: usize> Late<'a, S, P, N> {
-    fn new() -> Self {
-        Self {
-            rooms: [const { MaybeUninit::uninit() }; 2],
-            turn: 0,
-            waiting: None,
-        }
-    }
-
-    /// All of a place, into `y`.
-    ///
-    /// # Safety
-    /// The tile is one of `N` tokens; `y` and what the place names are there until it is settled.
-    #[inline(always)]
-    unsafe fn add(&mut self, place: &Place<'a, S, P>, y: *mut [[S::F32; N]; P]) {
-        let (s, scale, tile) = (place.s, place.scale, place.tile);
-        let block = if scale.has_subs() { SUPER } else { scale.block };
-        let mut weights = [place.weights[0]; 2];
-        weights[1] = if P == 2 {
-            place.weights[1]
-        } else {
-            weights[0].wrapping_add(place.apart)
-        };
-        for sup in place.first..place.end {
-            place.ask(sup);
-            let inputs = place.inputs(sup);
-            for input in inputs.clone().step_by(block) {
-                let groups = input / 4..(input + block).min(inputs.end) / 4;
-                // SAFETY: the decoded part and the tile hold these inputs.
-                unsafe {
-                    let start = [s.splat_i32(0); N];
-                    let sums = &mut self.rooms[self.turn];
-                    s.product(weights, tile.data, groups.clone(), start, sums);
-                    self.settle();
-                }
-                for plane in &mut weights {
-                    *plane = plane.wrapping_add(groups.len() * S::WEIGHT_BYTES);
-                }
-                self.waiting = Some((*place, input / block, y));
-                self.turn ^= 1;
-            }
-        }
-    }
-
-    /// Takes what waits into its results.
-    ///
-    /// # Safety
-    /// Those are still there.
-    #[inline(always)]
-    unsafe fn settle(&mut self) {
-        let Some((place, step, y)) = self.waiting.take() else {
-            return;
-        };
-        let (s, scale, layout, tile) = (place.s, place.scale, place.layout, place.tile);
-        // SAFETY: the room was written when this began to wait.
-        unsafe {
-            let sums = self.rooms[self.turn ^ 1].assume_init_ref();
-            if P == 1 {
-                let mut weighed = [s.splat_i32(0); N];
-                for n in 0..N {
-                    weighed[n] = s.add_i32(s.shl_i32(sums[0][n], 8), sums[1][n]);
-                }
-                scale.settle(
-                    s,
-                    layout,
-                    place.panels[0],
-                    tile,
-                    step,
-                    &weighed,
-                    &mut (&mut *y)[0],
-                );
-                return;
-            }
-            for p in 0..P {
-                let (panel, y) = (place.panels[p], &mut (&mut *y)[p]);
-                if scale.wants_sums() {
-                    scale.add(s, layout, panel, tile, step, &sums[p], y);
-                } else {
-                    settle_wide(s, layout, panel, tile, step, &sums[p], y);
-                }
-            }
-        }
-    }
-}
-
-/// Weights scaled as integers while they are decoded: the second plane so many bytes behind the first.
-#[derive(Clone, Copy)]
-struct Scaled<'a> {
-    scale: &'a Scale,
-    apart: usize,
-}
-
-/// Lines to ask for while decoding: so many of them, at an even pace.
-#[derive(Clone, Copy)]
-struct Coming {
-    next: *const u8,
-    lines: usize,
-}
-
-impl Coming {
-    const NOTHING: Self = Self {
-        next: std::ptr::null(),
-        lines: 0,
-    };
-}
-
-/// Decodes some chunks of a panel: to an address that is 64-byte aligned and has room for 16 weight vectors a chunk.
-type Unpacker =
-    unsafe fn(&Decoder, &KLayout, *const u8, Range<usize>, Option<Scaled<'_>>, Coming, *mut u8);
-
-/// Finds the function that decodes a matrix.
-struct Find<'a>(&'a Decoder);
-
-impl SimdOp for Find<'_> {
-    type Output = Unpacker;
-    const TILES: bool = true;
-    #[inline(always)]
-    fn eval<S: Simd>(self, _: S) -> Unpacker {
-        let decoder = self.0;
-        macro_rules! bits {
-            ($bits:tt) => {{
-                macro_rules! method {
-                    ($D:ty) => {
-                        unpack::<S, $D>
-                    };
-                }
-                with_decode!(S, decoder, $bits, method)
-            }};
-        }
-        match decoder.bits {
-            2 => bits!(2),
-            3 => bits!(3),
-            4 => bits!(4),
-            5 => bits!(5),
-            6 => bits!(6),
-            7 => bits!(7),
-            _ => bits!(8),
-        }
-    }
-}
-
-/// An [`Unpacker`].
-///
-/// # Safety
-/// The chunks are in the panel, which is one of `layout`; `to` as the type says.
-unsafe fn unpack<S: Simd, D: Decode<S>>(
-    decoder: &Decoder,
-    layout: &KLayout,
-    panel: *const u8,
-    chunks: Range<usize>,
-    scaled: Option<Scaled<'_>>,
-    coming: Coming,
-    to: *mut u8,
-) {
-    if let Some(s) = S::new() {
-        s.run(Unpack::<S, D> {
-            s,
-            decoder,
-            layout,
-            panel,
-            chunks,
-            scaled,
-            coming,
-            to,
-            kind: PhantomData,
-        });
-    }
-}
-
-/// Decoding of some chunks of a panel.
-struct Unpack<'a, S: Simd, D: Decode<S>> {
-    s: S,
-    decoder: &'a Decoder,
-    layout: &'a KLayout,
-    panel: *const u8,
-    chunks: Range<usize>,
-    scaled: Option<Scaled<'a>>,
-    coming: Coming,
-    to: *mut u8,
-    kind: PhantomData<D>,
-}
-
-impl<S: Simd, D: Decode<S>> SimdOp for Unpack<'_, S, D> {
-    type Output = ();
-    #[inline(always)]
-    fn eval<T: Simd>(self, _: T) {
-        let (s, layout) = (self.s, self.layout);
-        let decode = D::new(s, self.decoder);
-        let (mut to, Coming { mut next, lines }) = (self.to, self.coming);
-        let pairs = self.chunks.len() * VECTORS / 2;
-        let mut credit = 0;
-        for chunk in self.chunks {
-            // SAFETY: the chunk is in the panel; the maker of `Unpack` gave room for 16 vectors a chunk.
-            unsafe {
-                let codes = self.panel.add(layout.codes_at + chunk * D::BITS * 128);
-                let mut block = decode.block(s, layout, self.panel, chunk, 0);
-                macro_rules! quarter {
-                    ($q:literal) => {{
-                        if $q > 0 && $q * 16 % D::BLOCK == 0 {
-                            block = decode.block(s, layout, self.panel, chunk, $q);
-                        }
-                        let by = match self.scaled {
-                            Some(scaled) if const { S::STORED && !D::FOLDED } => {
-                                let block = (chunk * CHUNK + $q * 16) / scaled.scale.block;
-                                Some((scaled.scale.sub(s, layout, self.panel, block), scaled.apart))
-                            }
-                            _ => None,
-                        };
-                        quarter!($q * 4, by, 0, 2);
-                    }};
-                    ($g:expr, $by:ident, $($i:literal),*) => { $(
-                        credit += lines;
-                        while credit >= pairs {
-                            credit -= pairs;
-                            s.prefetch_far(next);
-                            next = next.wrapping_add(64);
-                        }
-                        let w = [
-                            decode.vector::<{ $g + $i }>(s, &block, codes),
-                            decode.vector::<{ $g + $i + 1 }>(s, &block, codes),
-                        ];
-                        let here = to.add(($g + $i) * S::WEIGHT_BYTES);
-                        if let Some((by, apart)) = $by {
-                            // Written out: what a closure holds is not always compiled for the instruction set.
-                            let w = [s.scale(w[0], by), s.scale(w[1], by)];
-                            s.store_pair([w[0][0], w[1][0]], here);
-                            s.store_pair([w[0][1], w[1][1]], here.add(apart));
-                        } else {
-                            s.store_pair(w, here);
-                        }
-                    )* };
-                }
-                quarter!(0);
-                quarter!(1);
-                quarter!(2);
-                quarter!(3);
-                to = to.add(VECTORS * S::WEIGHT_BYTES);
-            }
         }
     }
 }

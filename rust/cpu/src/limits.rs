@@ -189,7 +189,7 @@ impl Multiply {
                     0..INPUTS / 4,
                     start,
                     &mut sums,
-                )
+                );
             };
             black_box(&sums);
         }

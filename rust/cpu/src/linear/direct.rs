@@ -390,7 +390,7 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
                             chunk,
                             &mut state,
                             &mut stream,
-                        )
+                        );
                     }
                 }
                 let (scale, dots) = (job.scale, state.dots.as_flattened());

@@ -101,7 +101,12 @@ impl<'a, S: Simd, const P: usize, const N: usize> Late<'a, S, P, N> {
         let Some(waiting) = self.waiting.take() else {
             return;
         };
-        let Waiting { panels, tile, step, y } = waiting;
+        let Waiting {
+            panels,
+            tile,
+            step,
+            y,
+        } = waiting;
         let (s, scale, layout) = (self.s, self.scale, self.layout);
         // SAFETY: the room was written when this began to wait.
         unsafe {
@@ -154,7 +159,13 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
 {
     /// Panels side by side by one tile, where decoding takes longer than products: a chunk is decoded while one before it is multiplied.
     #[inline(always)]
-    pub(super) fn beside(&self, panels: Range<usize>, number: usize, unpack: Unpacker, room: &Room<S>) {
+    pub(super) fn beside(
+        &self,
+        panels: Range<usize>,
+        number: usize,
+        unpack: Unpacker,
+        room: &Room<S>,
+    ) {
         let Self(s, job) = self;
         let (s, layout, tile) = (*s, job.source.layout, *job.acts.tile(number));
         let plane = VECTORS * S::WEIGHT_BYTES;
@@ -196,7 +207,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                             scaled,
                             coming,
                             to,
-                        )
+                        );
                     }
                 }
             }
@@ -227,10 +238,24 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 );
                 if chunk % 4 == 3 || last {
                     if sup > 0 {
-                        self.settle_chunks(&mut sums[(sup - 1) % 2], 4, sup - 1, &at, &tile, &mut y);
+                        self.settle_chunks(
+                            &mut sums[(sup - 1) % 2],
+                            4,
+                            sup - 1,
+                            &at,
+                            &tile,
+                            &mut y,
+                        );
                     }
                     if last {
-                        self.settle_chunks(&mut sums[sup % 2], chunk % 4 + 1, sup, &at, &tile, &mut y);
+                        self.settle_chunks(
+                            &mut sums[sup % 2],
+                            chunk % 4 + 1,
+                            sup,
+                            &at,
+                            &tile,
+                            &mut y,
+                        );
                     }
                 }
             }

@@ -81,10 +81,14 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
 }
 
 /// `P` panels at a time by tiles of `M` tokens; scales by blocks of `BLOCK` inputs, with integers below them or not (`SUBS`).
-pub(super) struct Tiles<'a, S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>(
-    pub S,
-    pub Codes<'a>,
-);
+pub(super) struct Tiles<
+    'a,
+    S: Simd,
+    const P: usize,
+    const M: usize,
+    const BLOCK: usize,
+    const SUBS: bool,
+>(pub S, pub Codes<'a>);
 
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool> SimdOp
     for Tiles<'_, S, P, M, BLOCK, SUBS>
@@ -218,7 +222,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                         scaled,
                         coming,
                         to,
-                    )
+                    );
                 }
             }
             // So many with every tile and super-block.

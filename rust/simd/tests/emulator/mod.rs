@@ -234,7 +234,7 @@ mod linux {
                     DONE[0].fetch_add(1, Ordering::Relaxed);
                     return 4 + operand.length;
                 }
-                (0x49, 3, 3) if mode & 7 == 0 && third == 0 => {
+                (0x49, 3, 3) if mode.trailing_zeros() >= 3 && third == 0 => {
                     check(tiles.rows[tile] > 0, "a tile without a shape");
                     tiles.data[tile] = [[0; 64]; 16];
                     DONE[5].fetch_add(1, Ordering::Relaxed);

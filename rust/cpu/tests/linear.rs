@@ -404,6 +404,57 @@ fn many_tokens_give_the_bits_of_a_few() {
     }
 }
 
+/// What a caller cuts off may be less than a tile that is not the first.
+#[test]
+fn a_last_cut_of_any_size_gives_the_same_bits() {
+    let mut random = Random::new(5);
+    let (rows, inputs) = (53, 320);
+    let kinds = [
+        Scales::Ladder {
+            block: 32,
+            ladder: random.ladder(),
+        },
+        Scales::Super {
+            block: 32,
+            sub: SubScale::U8,
+            min: true,
+        },
+        Scales::Block {
+            block: 32,
+            scale: ScaleType::F16,
+            offset: Offset::None,
+        },
+    ];
+    for scales in kinds {
+        let codebook = random_codebook(&mut random, 4, &scales, true);
+        let k = random_matrix(&mut random, 4, rows, inputs, codebook, &scales, false);
+        let weight = Weight::Quantised(k.clone());
+        let matrix = Matrix::prepare(&weight, Activations::Int8).expect("a matrix");
+        for last in [1, 7, 16, 17, 32, 40] {
+            let whole = 2 * WHOLE_TILES;
+            let tokens = whole + last;
+            let x: Vec<f32> = (0..tokens)
+                .flat_map(|_| random_row(&mut random, inputs))
+                .collect();
+            let want = bits(&reference(&k, &x, tokens));
+            for isa in instruction_sets() {
+                let mut acts = Acts::new().expect("memory");
+                acts.reserve(isa, matrix.input(), tokens).expect("memory");
+                acts.fill_all(&x, inputs);
+                let mut cut = vec![f32::NAN; tokens * rows];
+                for part in [0..whole, whole..tokens] {
+                    // SAFETY: there is a place for every token and row.
+                    unsafe { matrix.run(&acts, part, 0..matrix.panels(), cut.as_mut_ptr(), rows) };
+                }
+                assert!(
+                    bits(&cut) == want,
+                    "{isa}, {scales:?}, {last} after {whole}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 #[should_panic(expected = "tokens 0..50 of 100 in tiles of")]
 fn tokens_are_cut_between_tiles_only() {

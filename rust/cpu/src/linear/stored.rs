@@ -157,7 +157,7 @@ unsafe fn settle<S: Simd, const P: usize, const N: usize>(
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>
     Tiles<'_, S, P, M, BLOCK, SUBS>
 {
-    /// Panels side by side by one tile, where decoding takes longer than products: a chunk is decoded while one before it is multiplied.
+    /// Panels side by side by one tile of `M` tokens, where decoding takes longer than products: a chunk is decoded while one before it is multiplied.
     #[inline(always)]
     pub(super) fn beside(
         &self,

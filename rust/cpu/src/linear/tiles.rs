@@ -69,8 +69,8 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
     }
     s.begin_products(if scale.has_subs() { SUPER } else { scale.block });
     match S::TILE {
-        // All there is.
-        32 if const { S::TILE == 32 } && job.acts.tile(job.tiles.start).padded == 16 => tiles!(16),
+        // All there is: a small tile behind others lies where theirs do.
+        32 if const { S::TILE == 32 } && job.acts.tile(0).padded == 16 => tiles!(16),
         4 if const { S::TILE == 4 } => tiles!(4),
         6 if const { S::TILE == 6 } => tiles!(6),
         12 if const { S::TILE == 12 } => tiles!(12),
@@ -133,7 +133,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             let tiles = first..tiles.end.min(first + band);
             for first in job.panels.clone().step_by(side) {
                 let panels = first..job.panels.end.min(first + side);
-                if S::STORED && (SUBS || BLOCK == SUPER) && tiles.len() == 1 {
+                let whole = tiles.len() == 1 && job.acts.tile(tiles.start).padded == M;
+                if S::STORED && (SUBS || BLOCK == SUPER) && whole {
                     self.beside(panels, tiles.start, unpack, &room);
                 } else {
                     self.panels(panels, tiles.clone(), unpack, &room);

@@ -566,8 +566,17 @@ def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
         kinds |= set(SAME_FILE)
     found = {kind: peers.quantised(peer, gguf, kind) for kind in sorted(kinds)}
     shape = shapes.SHAPES[args.shape]
-    rest = (args.threads, args.rounds, args.decodes, args.timeout)
-    return Bench(args.shape, shape, saved, found, peer, *rest)
+    return Bench(
+        args.shape,
+        shape,
+        saved,
+        found,
+        peer,
+        args.threads,
+        args.rounds,
+        args.decodes,
+        args.timeout,
+    )
 
 
 def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:

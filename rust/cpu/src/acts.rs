@@ -63,7 +63,8 @@ pub struct Input {
 /// Tokens up to which AMX leaves a product to AVX-512, which reads every weight once and decodes it in registers.
 const FEW: usize = 8;
 
-/// The instruction set whose kernels multiply `tokens` rows: AMX has those for many tokens only, as it gains nothing by others. What it leaves is laid out for AVX-512 and computed by its kernels.
+/// The instruction set whose kernels multiply `tokens` rows: AMX has those for many tokens only, as it gains nothing by
+/// others. What it leaves is laid out for AVX-512 and computed by its kernels.
 fn kernels(isa: Isa, form: Form, tokens: usize) -> Isa {
     match (isa, form) {
         (Isa::Amx, Form::Int8 { tiles: true, .. }) if tokens > FEW => isa,

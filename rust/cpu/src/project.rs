@@ -21,8 +21,10 @@ const LEAST_BYTES: usize = 32 << 10;
 const PAIR: usize = 2;
 /// Tokens from which a pair of panels is so much work that a thread takes few at a time.
 const MANY: usize = 32;
-/// Most of them, which share what the activations cost.
-const MOST_PAIRS: usize = 4;
+/// Most of them, which share what the activations cost: with AMX, whose products take less than reading those, more.
+const fn most_pairs(isa: Isa) -> usize {
+    if matches!(isa, Isa::Amx) { 4 } else { 2 }
+}
 
 /// One matrix of a projection.
 #[derive(Debug)]
@@ -72,9 +74,9 @@ impl Projection {
     }
 
     /// How many items a thread should take at a time, least and most.
-    pub(crate) fn runs(&self, tokens: usize) -> RangeInclusive<usize> {
+    pub(crate) fn runs(&self, isa: Isa, tokens: usize) -> RangeInclusive<usize> {
         if tokens >= MANY {
-            return 1..=MOST_PAIRS;
+            return 1..=most_pairs(isa);
         }
         let item = self.parts[0].panel_bytes * Self::group(tokens);
         (LEAST_BYTES / item).max(1)..=(MOST_BYTES / item).max(1)

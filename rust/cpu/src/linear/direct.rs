@@ -128,7 +128,7 @@ struct Job<'a> {
 }
 
 /// Bytes between reading and asking: more than the second cache takes to fetch, little of it.
-const AHEAD: usize = 8 << 10;
+pub(super) const AHEAD: usize = 8 << 10;
 /// Bytes of a page as the hardware's prefetchers know it, in huge pages too.
 const SMALL_PAGE: usize = 4096;
 

@@ -61,6 +61,11 @@ impl Scale {
         self.block >= 32 || self.has_subs()
     }
 
+    /// Inputs that one product of matrix tiles is over: those of a scale, or of a super-block where weights were scaled before.
+    pub(super) fn step(&self) -> usize {
+        if self.has_subs() { SUPER } else { self.block }
+    }
+
     /// The const parameter of kernels: 16, 32, 64 for anything longer, 256 for the wide kinds.
     pub(super) fn unrolled(&self) -> usize {
         if self.wants_sums() {

@@ -5,15 +5,14 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use kbit_simd::Simd;
-use kbit_tensor::{KLayout, SUPER};
+use kbit_tensor::KLayout;
 
+use super::direct::AHEAD;
 use super::scales::{Scale, settle_wide};
 use super::tiles::{Place, Room, Tiles};
 use super::unpack::{Coming, Scaled, Unpacker, VECTORS};
 use crate::acts::Tile;
 
-/// Bytes between reading codes and asking for them, where one tile meets all.
-const AHEAD: usize = 8 << 10;
 /// Chunks decoded before one is multiplied: what was just written cannot be loaded as a tile until it has left for the first cache.
 const LAG: usize = 2;
 
@@ -59,14 +58,14 @@ impl<'a, S: Simd, const P: usize, const N: usize> Late<'a, S, P, N> {
     #[inline(always)]
     pub(super) unsafe fn add(&mut self, place: &Place<'a, S, P>, y: *mut [[S::F32; N]; P]) {
         let (s, scale, tile) = (self.s, self.scale, place.tile);
-        let block = if scale.has_subs() { SUPER } else { scale.block };
+        let block = scale.step();
         let mut weights = [place.weights[0]; 2];
         weights[1] = if P == 2 {
             place.weights[1]
         } else {
             weights[0].wrapping_add(place.apart)
         };
-        for sup in place.first..place.end {
+        for sup in place.supers.clone() {
             place.ask(sup);
             let inputs = place.inputs(sup);
             for input in inputs.clone().step_by(block) {
@@ -216,10 +215,10 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             };
             let (sup, last) = (chunk / 4, chunk + 1 == layout.chunks);
             // At an odd end a panel is its own partner.
-            let second = if Self::PLANES == 2 || panels.len() == 2 {
-                plane
-            } else {
+            let second = if P == 2 && panels.len() == 1 {
                 0
+            } else {
+                plane
             };
             let weights = [
                 ring[chunk % 4].cast_const(),

@@ -67,7 +67,7 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
             }
         };
     }
-    s.begin_products(if scale.has_subs() { SUPER } else { scale.block });
+    s.begin_products(scale.step());
     match S::TILE {
         // All there is: a small tile behind others lies where theirs do.
         32 if const { S::TILE == 32 } && job.acts.tile(0).padded == 16 => tiles!(16),
@@ -200,18 +200,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             let first = stage * together;
             let end = layout.supers.min(first + together);
             let chunks = first * 4..layout.chunks.min(end * 4);
-            let coming = stage + AHEAD.div_ceil(together);
-            let (later, coming) = (coming / stages * room.side, coming % stages * together);
-            let coming = job
-                .source
-                .stored(coming * 4..(coming + together) * 4, job.decoder.bits);
-            let ahead = job
-                .source
-                .ahead(panels.start + later)
-                .wrapping_add(coming.start);
-            let lines = coming.len().div_ceil(64);
             for n in 0..panels.len() {
-                let coming = Coming::NOTHING;
                 let to = weights[n].cast_mut();
                 // SAFETY: a panel of the matrix; the stage has room for so much.
                 unsafe {
@@ -221,11 +210,21 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                         at[n],
                         chunks.clone(),
                         scaled,
-                        coming,
+                        Coming::NOTHING,
                         to,
                     );
                 }
             }
+            let coming = stage + AHEAD / together;
+            let (later, coming) = (coming / stages * room.side, coming % stages * together);
+            let coming = job
+                .source
+                .stored(coming * 4..(coming + together) * 4, job.decoder.bits);
+            let ahead = job
+                .source
+                .ahead(panels.start + later)
+                .wrapping_add(coming.start);
+            let lines = coming.len().div_ceil(64);
             // So many with every tile and super-block.
             let share = lines.div_ceil(tiles.len() * (end - first));
             for (t, number) in tiles.clone().enumerate() {
@@ -235,8 +234,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                     scale: job.scale,
                     layout,
                     tile: job.acts.tile(number),
-                    first,
-                    end,
+                    supers: first..end,
                     panels: [at[0]; P],
                     weights: [weights[0]; P],
                     apart: scaled.map_or(0, |scaled| scaled.apart),
@@ -319,9 +317,7 @@ pub(super) struct Place<'a, S: Simd, const P: usize> {
     scale: &'a Scale,
     layout: &'a KLayout,
     pub tile: &'a Tile,
-    /// Super-blocks, from the first to the end.
-    pub first: usize,
-    pub end: usize,
+    pub supers: Range<usize>,
     pub panels: [*const u8; P],
     /// The super-blocks, decoded.
     pub weights: [*const u8; P],
@@ -373,8 +369,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
             scale: self.scale,
             layout: self.layout,
             tile: self.tile,
-            first: self.first,
-            end: self.end,
+            supers: self.supers.clone(),
             panels: [self.panels[panel]],
             weights: [self.weights[panel]],
             apart: self.apart,
@@ -386,7 +381,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     /// Asks for what comes later, at an even pace: with super-block `sup`.
     #[inline(always)]
     pub(super) fn ask(&self, sup: usize) {
-        let first = (sup - self.first) * self.lines;
+        let first = (sup - self.supers.start) * self.lines;
         for line in first..first + self.lines {
             for p in 0..P {
                 let at = p * self.layout.panel_bytes + line * 64;
@@ -409,7 +404,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
     unsafe fn wide<const N: usize>(&self, y: &mut [[S::F32; N]; P]) {
         let (s, layout, tile) = (self.s, self.layout, self.tile);
         let mut weights = self.weights;
-        for sup in self.first..self.end {
+        for sup in self.supers.clone() {
             self.ask(sup);
             let inputs = self.inputs(sup);
             let groups = inputs.start / 4..inputs.end / 4;
@@ -439,7 +434,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
         let (s, scale, layout, tile) = (self.s, self.scale, self.layout, self.tile);
         let (panel, mut weights) = (self.panels[0], self.weights[0]);
         let block = if BLOCK < 64 { BLOCK } else { scale.block };
-        for sup in self.first..self.end {
+        for sup in self.supers.clone() {
             self.ask(sup);
             let inputs = self.inputs(sup);
             let mut weighed = [s.splat_i32(0); N];
@@ -479,7 +474,7 @@ impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
         let (panel, mut weights) = (self.panels[0], self.weights[0]);
         let block = if BLOCK < 64 { BLOCK } else { scale.block };
         let mut all = [[s.splat_i32(0); N]; BLOCKS];
-        for sup in self.first..self.end {
+        for sup in self.supers.clone() {
             self.ask(sup);
             let inputs = self.inputs(sup);
             for input in inputs.clone().step_by(block) {

@@ -109,7 +109,7 @@ impl Pass<'_> {
             })
         };
         let (items, sizes) = active()
-            .map(|(_, projection, slots, items)| (items, projection.runs(slots.len())))
+            .map(|(_, projection, slots, items)| (items, projection.runs(self.isa, slots.len())))
             .reduce(|(n, a), (m, b)| {
                 let least = (*a.start()).min(*b.start());
                 (n + m, least..=(*a.end()).max(*b.end()))

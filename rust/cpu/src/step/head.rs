@@ -55,7 +55,7 @@ impl Pass<'_> {
         } = own;
         let mut rows: Vec<f32> = Vec::new();
         let projection = &head.projection;
-        let (items, sizes) = (projection.items(n), projection.runs(n));
+        let (items, sizes) = (projection.items(n), projection.runs(self.isa, n));
         team.for_runs(items, sizes, |run| {
             let ids = projection.span(run.clone(), n);
             rows.resize(n * ids.len(), 0.0);

@@ -286,7 +286,7 @@ impl Pass<'_> {
         } else {
             0
         };
-        team.for_runs(items - last, projection.runs(tokens), |run| {
+        team.for_runs(items - last, projection.runs(self.isa, tokens), |run| {
             compute(run, 0..tokens);
         });
         team.for_each(last * cuts, |i| {

@@ -167,8 +167,26 @@ impl Codes<'_> {
         let minus = s.splat_bytes((1u8 << (BITS - 1)).wrapping_neg() ^ S::BIAS);
         let all = [
             s.weights(s.lookup::<BITS>(&table, codes)),
-            s.fold::<BITS>(&ladder, &s.rungs::<BITS>(&ladder, self.s, false), codes),
-            s.fold::<BITS>(&ladder, &s.rungs::<BITS>(&ladder, self.s, true), codes),
+            s.fold::<BITS, false>(
+                &ladder,
+                &s.rungs::<BITS, false>(&ladder, self.s, false),
+                codes,
+            ),
+            s.fold::<BITS, false>(
+                &ladder,
+                &s.rungs::<BITS, false>(&ladder, self.s, true),
+                codes,
+            ),
+            s.fold::<BITS, true>(
+                &ladder,
+                &s.rungs::<BITS, true>(&ladder, self.s, false),
+                codes,
+            ),
+            s.fold::<BITS, true>(
+                &ladder,
+                &s.rungs::<BITS, true>(&ladder, self.s, true),
+                codes,
+            ),
             s.weights(s.linear(masked, minus, s.splat_bytes(0x81 ^ S::BIAS))),
             s.weights(s.lookup::<BITS>(&table, s.shr(codes, 3))),
             s.weights(s.lookup::<BITS>(&table, s.shl(codes, 2))),

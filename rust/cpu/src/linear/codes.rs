@@ -210,11 +210,18 @@ unsafe fn codes<S: Simd, const BITS: usize, const G: usize>(s: S, chunk: *const 
     }
 }
 
-/// [`Method::Ladder`].
+/// [`Method::Ladder`]; `SINGLE` is that of [`Simd::fold`].
 #[derive(Clone, Copy)]
-pub(super) struct LadderDecode<S: Simd, const BITS: usize, const BLOCK: usize>(S::Ladder);
+pub(super) struct LadderDecode<
+    S: Simd,
+    const BITS: usize,
+    const BLOCK: usize,
+    const SINGLE: bool = false,
+>(S::Ladder);
 
-impl<S: Simd, const BITS: usize, const BLOCK: usize> Decode<S> for LadderDecode<S, BITS, BLOCK> {
+impl<S: Simd, const BITS: usize, const BLOCK: usize, const SINGLE: bool> Decode<S>
+    for LadderDecode<S, BITS, BLOCK, SINGLE>
+{
     const BLOCK: usize = BLOCK;
     const BITS: usize = BITS;
     const FOLDED: bool = true;
@@ -240,7 +247,7 @@ impl<S: Simd, const BITS: usize, const BLOCK: usize> Decode<S> for LadderDecode<
         };
         // SAFETY: the fine section has 16 bytes for every pair of blocks.
         let s16 = unsafe { &*panel.add(layout.fine_at + pair * 16).cast::<[u8; 16]>() };
-        s.rungs::<BITS>(&self.0, s16, high)
+        s.rungs::<BITS, SINGLE>(&self.0, s16, high)
     }
     #[inline(always)]
     unsafe fn vector<const G: usize>(
@@ -250,7 +257,7 @@ impl<S: Simd, const BITS: usize, const BLOCK: usize> Decode<S> for LadderDecode<
         chunk: *const u8,
     ) -> S::Weights {
         // SAFETY: as the caller says.
-        s.fold::<BITS>(&self.0, rungs, unsafe { codes::<S, BITS, G>(s, chunk) })
+        s.fold::<BITS, SINGLE>(&self.0, rungs, unsafe { codes::<S, BITS, G>(s, chunk) })
     }
 }
 

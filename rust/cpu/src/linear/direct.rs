@@ -72,6 +72,8 @@ pub(super) fn run<S: Simd>(
                 (32, 16) if const { S::DIRECT >= 16 } => {
                     run!(Wide, LadderDecode<S, $bits, 32>, 1, 16);
                 }
+                // Of 4 tokens products are the limit.
+                (32, 1 | 2) if s.single::<$bits>() => wide!(LadderDecode<S, $bits, 32, true>),
                 (16, _) => wide!(LadderDecode<S, $bits, 16>),
                 (32, _) => wide!(LadderDecode<S, $bits, 32>),
                 _ => wide!(LadderDecode<S, $bits, 64>),

@@ -388,7 +388,7 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         }
     }
     #[inline(always)]
-    fn rungs<const BITS: usize>(
+    fn rungs<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         s: &[u8; 16],
@@ -420,7 +420,7 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
         }
     }
     #[inline(always)]
-    fn fold<const BITS: usize>(
+    fn fold<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         rungs: &Self::Rungs,

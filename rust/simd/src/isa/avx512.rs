@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::amx;
 use crate::dispatch::detected;
 use crate::vector::multiply;
-use crate::{Book, Isa, LANES, Simd, SimdOp};
+use crate::{Book, Isa, LANES, Simd, SimdOp, Vendor};
 
 /// AVX-512 F, BW, VL, DQ and VNNI; from [`VBMI`] on also byte permutations, with [`AMX`] also tiles.
 #[derive(Clone, Copy, Debug)]
@@ -53,20 +53,22 @@ pub(crate) struct Rungs {
     v: __m512i,
     /// The same in odd bytes.
     odd: __m512i,
-    /// Which bytes look into the upper half of a table of 256.
-    half: Half,
+    /// Which bytes look where in a table of more registers than one.
+    parts: Parts,
 }
 
-/// Bytes of an index into a table of 256: below 128, and the others.
+/// Bytes of an index: those below 128 and the others, or, to look into one register at a time, those with bit 6 and with bit 7.
 #[derive(Clone, Copy)]
-struct Half {
-    lower: __mmask64,
-    upper: __mmask64,
-}
+struct Parts(__mmask64, __mmask64);
 
 /// Whether codebook and ladder fit one table.
 const fn folds_by_table(level: u8, bits: usize) -> bool {
     level >= VBMI && bits <= 4
+}
+
+/// Whether a table of two or four registers is looked up one at a time: processors with AMX split `vpermi2b` into three instructions.
+const fn one_at_a_time(level: u8, single: bool) -> bool {
+    single || level == AMX
 }
 
 impl<const LEVEL: u8> Simd for Token<LEVEL> {
@@ -372,7 +374,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 return match BITS {
                     ..=6 => _mm512_permutexvar_epi8(code, t[0]),
                     7 => _mm512_permutex2var_epi8(t[0], code, t[1]),
-                    _ => lookup_256(t, code, half(code)),
+                    _ => lookup_256(t, code, Parts::halves(code)),
                 };
             }
             let low = _mm512_and_si512(code, _mm512_set1_epi8(15));
@@ -392,6 +394,10 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         v
     }
     #[inline(always)]
+    fn single<const BITS: usize>(self) -> bool {
+        LEVEL == VBMI && matches!(BITS, 3 | 4) && Vendor::here() != Vendor::Amd
+    }
+    #[inline(always)]
     fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder {
         let table = if folds_by_table(LEVEL, BITS) {
             table(LEVEL >= VBMI, &book.folded, Self::BIAS)
@@ -406,7 +412,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         Ladder { table, ladder }
     }
     #[inline(always)]
-    fn rungs<const BITS: usize>(
+    fn rungs<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         s: &[u8; 16],
@@ -426,8 +432,12 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 } else {
                     self.shl(s, BITS as u32)
                 };
-                let half = if BITS == 4 { half(v) } else { Half::NONE };
-                return Rungs { v, odd: v, half };
+                let parts = match BITS {
+                    3 | 4 if one_at_a_time(LEVEL, SINGLE) => Parts::quarters(v),
+                    4 => Parts::halves(v),
+                    _ => Parts::NONE,
+                };
+                return Rungs { v, odd: v, parts };
             }
             let nibble = _mm512_and_si512(
                 if high { _mm512_srli_epi16::<4>(s) } else { s },
@@ -438,12 +448,12 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
             Rungs {
                 v,
                 odd: _mm512_xor_si512(twice, v),
-                half: Half::NONE,
+                parts: Parts::NONE,
             }
         }
     }
     #[inline(always)]
-    fn fold<const BITS: usize>(
+    fn fold<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         rungs: &Self::Rungs,
@@ -455,8 +465,11 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
                 let index = self.merge(((1u16 << BITS) - 1) as u8, code, rungs.v);
                 return match BITS {
                     2 => _mm512_permutexvar_epi8(index, t[0]),
+                    _ if one_at_a_time(LEVEL, SINGLE) => {
+                        lookup_single::<BITS>(t, index, rungs.parts)
+                    }
                     3 => _mm512_permutex2var_epi8(t[0], index, t[1]),
-                    _ => lookup_256(t, index, rungs.half),
+                    _ => lookup_256(t, index, rungs.parts),
                 };
             }
             // Twice the product with its rounding has the weight in its upper byte; the lower one is dropped.
@@ -555,36 +568,76 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
 /// Every second byte.
 const ODD: __mmask64 = 0xaaaa_aaaa_aaaa_aaaa;
 
-impl Half {
-    const NONE: Self = Self { lower: 0, upper: 0 };
+impl Parts {
+    const NONE: Self = Self(0, 0);
+
+    // In assembly, which stays where it is written: masks take long to make, and compilers put off what would be ready in time.
+
+    /// The halves of an index.
+    #[inline]
+    #[target_feature(enable = "avx512bw")]
+    fn halves(index: __m512i) -> Self {
+        let (lower, upper);
+        unsafe {
+            std::arch::asm!(
+                "vpmovb2m {upper}, {index}",
+                "knotq {lower}, {upper}",
+                index = in(zmm_reg) index,
+                upper = out(kreg) upper,
+                lower = lateout(kreg) lower,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+        Self(lower, upper)
+    }
+
+    /// Bits 6 and 7 of an index.
+    #[inline]
+    #[target_feature(enable = "avx512bw")]
+    fn quarters(index: __m512i) -> Self {
+        let (bit6, bit7);
+        unsafe {
+            std::arch::asm!(
+                "vpmovb2m {bit7}, {index}",
+                "vpmovb2m {bit6}, {twice}",
+                index = in(zmm_reg) index,
+                twice = in(zmm_reg) _mm512_add_epi8(index, index),
+                bit7 = out(kreg) bit7,
+                bit6 = lateout(kreg) bit6,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+        Self(bit6, bit7)
+    }
 }
 
 /// Two tables of 128. Each lookup writes its bytes over their indices, so that nothing is left to merge.
 #[inline(always)]
-fn lookup_256(t: &[__m512i; 16], index: __m512i, half: Half) -> __m512i {
+fn lookup_256(t: &[__m512i; 16], index: __m512i, Parts(lower, upper): Parts) -> __m512i {
     // SAFETY: called with VBMI only.
     unsafe {
-        let low = _mm512_mask2_permutex2var_epi8(t[0], index, half.lower, t[1]);
-        _mm512_mask2_permutex2var_epi8(t[2], low, half.upper, t[3])
+        let low = _mm512_mask2_permutex2var_epi8(t[0], index, lower, t[1]);
+        _mm512_mask2_permutex2var_epi8(t[2], low, upper, t[3])
     }
 }
 
-/// The halves of an index. In assembly, which stays where it is written: masks take long to make, and compilers put off what would be ready in time.
-#[inline]
-#[target_feature(enable = "avx512bw")]
-fn half(index: __m512i) -> Half {
-    let (lower, upper);
+/// Two tables of 64, or with 4 bits four: each lookup writes over those before where it knows better.
+#[inline(always)]
+fn lookup_single<const BITS: usize>(
+    t: &[__m512i; 16],
+    index: __m512i,
+    Parts(bit6, bit7): Parts,
+) -> __m512i {
+    // SAFETY: called with VBMI only.
     unsafe {
-        std::arch::asm!(
-            "vpmovb2m {upper}, {index}",
-            "knotq {lower}, {upper}",
-            index = in(zmm_reg) index,
-            upper = out(kreg) upper,
-            lower = lateout(kreg) lower,
-            options(nomem, nostack, preserves_flags),
-        );
+        let v = _mm512_permutexvar_epi8(index, t[0]);
+        let v = _mm512_mask_permutexvar_epi8(v, bit6, index, t[1]);
+        if BITS == 3 {
+            return v;
+        }
+        let v = _mm512_mask_permutexvar_epi8(v, bit7, index, t[2]);
+        _mm512_mask_permutexvar_epi8(v, bit6 & bit7, index, t[3])
     }
-    Half { lower, upper }
 }
 
 /// The upper bytes of 16-bit lanes: of `even` in even bytes, of `odd` in odd ones. In assembly for the same reason, as products wait for weights that are

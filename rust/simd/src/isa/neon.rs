@@ -371,7 +371,7 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
         }
     }
     #[inline(always)]
-    fn rungs<const BITS: usize>(
+    fn rungs<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         s: &[u8; 16],
@@ -391,7 +391,7 @@ impl<const I8MM: bool> Simd for Token<I8MM> {
     // A table of codebook times ladder would take a `tbl` of 4 registers at 2 bits, no faster than multiplying, and 8 and 16
     // registers at 3 and 4.
     #[inline(always)]
-    fn fold<const BITS: usize>(
+    fn fold<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         rungs: &Self::Rungs,

@@ -269,7 +269,7 @@ impl Simd for Scalar {
         (book.values, book.ladder)
     }
     #[inline(never)]
-    fn rungs<const BITS: usize>(
+    fn rungs<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         s: &[u8; 16],
@@ -278,7 +278,7 @@ impl Simd for Scalar {
         each!(LANES, i => ladder.1[(if high { s[i] >> 4 } else { s[i] & 15 }) as usize])
     }
     #[inline(never)]
-    fn fold<const BITS: usize>(
+    fn fold<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         rungs: &Self::Rungs,

@@ -321,6 +321,38 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: as the caller says.
         unsafe { multiply(self, weights, acts, groups, sums) }
     }
+    /// [`Simd::product`] in parts, with [`Simd::STORED`] only: the sums of a tile of `M` tokens become zero,
+    ///
+    /// # Safety
+    /// It runs between [`Simd::begin_products`] and [`Simd::end_products`].
+    #[inline(always)]
+    unsafe fn begin_sums<const M: usize>(self) {
+        unreachable!("sums are vectors");
+    }
+    /// products are added to them, any number of times,
+    ///
+    /// # Safety
+    /// As [`Simd::product`], after [`Simd::begin_sums`].
+    #[inline(always)]
+    unsafe fn add_products<const P: usize, const M: usize>(
+        self,
+        _weights: [*const u8; P],
+        _acts: *const u8,
+        _groups: Range<usize>,
+    ) {
+        unreachable!("sums are vectors");
+    }
+    /// and they are taken to memory.
+    ///
+    /// # Safety
+    /// After [`Simd::begin_sums`].
+    #[inline(always)]
+    unsafe fn end_sums<const P: usize, const M: usize>(
+        self,
+        _sums: &mut MaybeUninit<[[Self::I32; M]; P]>,
+    ) {
+        unreachable!("sums are vectors");
+    }
     /// Asks for a cache line, into the first cache.
     fn prefetch(self, at: *const u8);
     /// The same into the second.

@@ -178,8 +178,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
         }
         // Of each chunk two panels, or both planes of one.
         let ring = [0, 1, 2, 3].map(|n| room.stage.wrapping_add(2 * plane * n));
-        // Of the chunks of two super-blocks.
-        let mut sums = [const { [const { MaybeUninit::<[[S::I32; M]; 2]>::uninit() }; 4] }; 2];
+        // Of two super-blocks.
+        let mut sums = [const { MaybeUninit::<[[S::I32; M]; 2]>::uninit() }; 2];
         let mut y = [[s.splat(0.0); M]; P];
         let ahead = (AHEAD / (job.decoder.bits * 128)).min(layout.chunks);
         for chunk in 0..layout.chunks + LAG {
@@ -224,37 +224,19 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 ring[chunk % 4].cast_const(),
                 ring[chunk % 4].wrapping_add(second).cast_const(),
             ];
-            // SAFETY: the chunk was decoded, and the tile holds it.
+            let groups = chunk * VECTORS..(chunk + 1) * VECTORS;
+            // SAFETY: the chunk was decoded, and the tile holds it. Sums are written before they are settled, one super-block later.
             unsafe {
-                let start = [s.splat_i32(0); M];
-                let sum = &mut sums[sup % 2][chunk % 4];
-                s.product(
-                    weights,
-                    tile.data,
-                    chunk * VECTORS..(chunk + 1) * VECTORS,
-                    start,
-                    sum,
-                );
+                if chunk % 4 == 0 {
+                    s.begin_sums::<M>();
+                }
+                s.add_products::<2, M>(weights, tile.data, groups);
                 if chunk % 4 == 3 || last {
-                    if sup > 0 {
-                        self.settle_chunks(
-                            &mut sums[(sup - 1) % 2],
-                            4,
-                            sup - 1,
-                            &at,
-                            &tile,
-                            &mut y,
-                        );
-                    }
-                    if last {
-                        self.settle_chunks(
-                            &mut sums[sup % 2],
-                            chunk % 4 + 1,
-                            sup,
-                            &at,
-                            &tile,
-                            &mut y,
-                        );
+                    s.end_sums(&mut sums[sup % 2]);
+                    let before = sup.checked_sub(1);
+                    for sup in before.into_iter().chain(last.then_some(sup)) {
+                        let sums = sums[sup % 2].assume_init_ref();
+                        settle(s, job.scale, layout, &at, &tile, sup, sums, &mut y);
                     }
                 }
             }
@@ -265,38 +247,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 let out = unsafe { job.out.part(number * M + token, panels.start + n) };
                 s.store_part(y[n][token], out);
             }
-        }
-    }
-
-    /// Takes the sums of the chunks of a super-block into the results.
-    ///
-    /// # Safety
-    /// There are so many `chunks`; the rest as [`settle_wide`].
-    #[inline(always)]
-    unsafe fn settle_chunks(
-        &self,
-        sums: &mut [MaybeUninit<[[S::I32; M]; 2]>; 4],
-        chunks: usize,
-        sup: usize,
-        at: &[*const u8; P],
-        tile: &Tile,
-        y: &mut [[S::F32; M]; P],
-    ) {
-        let Self(s, job) = self;
-        let (s, layout) = (*s, job.source.layout);
-        // SAFETY: as the caller says.
-        unsafe {
-            let (first, others) = sums.split_at_mut(1);
-            let first = first[0].assume_init_mut();
-            for other in &others[..chunks - 1] {
-                let other = other.assume_init_ref();
-                for p in 0..2 {
-                    for n in 0..M {
-                        first[p][n] = s.add_i32(first[p][n], other[p][n]);
-                    }
-                }
-            }
-            settle(s, job.scale, layout, at, tile, sup, first, y);
         }
     }
 }

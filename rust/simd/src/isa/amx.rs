@@ -3,8 +3,8 @@
 //! A tile register holds 16 rows of 64 bytes. Activations of 16 tokens by 64 inputs are one (A), 16 decoded code vectors of 16
 //! rows by 4 inputs, which is 64 inputs, are another (B, as the product wants it: four inputs of a column side by side), and
 //! the int32 results of 16 tokens by 16 rows a third (C). One instruction adds the product of A and B to C, exactly. Compilers
-//! do not allocate tile registers, so a product is one piece of assembly: all steps of 64 inputs, then C to memory. Products of 32 inputs
-//! have tiles half as wide (A) and half as high (B).
+//! do not allocate tile registers, so what C holds stays there between pieces of assembly: zero, any number of steps of 64 inputs, then to memory. Products
+//! of 32 inputs have tiles half as wide (A) and half as high (B).
 //!
 //! | registers | what |
 //! |---|---|
@@ -94,16 +94,31 @@ pub(super) unsafe fn release() {
     unsafe { tiles!("tilerelease";) }
 }
 
-/// [`Simd::product`] of 16 or 32 tokens by two panels.
+/// Sums of 16 or 32 tokens by two panels: zero.
+///
+/// # Safety
+/// [`configure`] was called.
+#[inline(always)]
+pub(super) unsafe fn zero<const M: usize>() {
+    // SAFETY: as the caller says.
+    unsafe {
+        if M == ROWS {
+            tiles!("tilezero tmm0" "tilezero tmm2";);
+        } else {
+            tiles!("tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3";);
+        }
+    }
+}
+
+/// Adds products to the sums.
 ///
 /// # Safety
 /// As [`Simd::product`]; [`configure`] was called.
 #[inline(always)]
-pub(super) unsafe fn multiply<const P: usize, const M: usize>(
+pub(super) unsafe fn add<const P: usize, const M: usize>(
     weights: [*const u8; P],
     acts: *const u8,
     groups: Range<usize>,
-    sums: &mut MaybeUninit<[[__m512i; M]; P]>,
 ) {
     assert!(P == 2 && (M == ROWS || M == 2 * ROWS));
     // Half a step is all of a product, and the only one that may begin within a step.
@@ -113,12 +128,11 @@ pub(super) unsafe fn multiply<const P: usize, const M: usize>(
         steps > 0 && (groups.len().is_multiple_of(ROWS) && within == 0 || groups.len() == ROWS / 2)
     );
     let acts = acts.wrapping_add(step * STEP * M + within * 4);
-    /// Where results go, what is read, how often, and the bytes of a row.
-    macro_rules! product {
+    /// What is read, how often, and the bytes of a row.
+    macro_rules! add {
         ($($line:literal)*) => {
             tiles!(
                 $($line)* ;
-                c = in(reg) sums.as_mut_ptr(),
                 a = inout(reg) acts => _,
                 b = inout(reg) weights[0] => _,
                 d = inout(reg) weights[1] => _,
@@ -127,12 +141,10 @@ pub(super) unsafe fn multiply<const P: usize, const M: usize>(
             )
         };
     }
-    // SAFETY: `sums` is C as the tiles lie, `[P][M]` rows of 64 bytes; the caller says that the rest is readable.
+    // SAFETY: the caller says that all of it is readable.
     unsafe {
         if M == ROWS {
-            product!(
-                "tilezero tmm0"
-                "tilezero tmm2"
+            add!(
                 "2:"
                 "tileloadd tmm4, [{a} + {s}*1]"
                 "tileloadd tmm6, [{b} + {s}*1]"
@@ -144,15 +156,9 @@ pub(super) unsafe fn multiply<const P: usize, const M: usize>(
                 "add {d}, 1024"
                 "dec {n}"
                 "jnz 2b"
-                "tilestored [{c} + {s}*1], tmm0"
-                "tilestored [{c} + {s}*1 + 1024], tmm2"
             );
         } else {
-            product!(
-                "tilezero tmm0"
-                "tilezero tmm1"
-                "tilezero tmm2"
-                "tilezero tmm3"
+            add!(
                 "2:"
                 "tileloadd tmm4, [{a} + {s}*1]"
                 "tileloadd tmm6, [{b} + {s}*1]"
@@ -167,10 +173,36 @@ pub(super) unsafe fn multiply<const P: usize, const M: usize>(
                 "add {d}, 1024"
                 "dec {n}"
                 "jnz 2b"
+            );
+        }
+    }
+}
+
+/// The sums to memory.
+///
+/// # Safety
+/// [`zero`] was called with the same number of tokens.
+#[inline(always)]
+pub(super) unsafe fn store<const P: usize, const M: usize>(
+    sums: &mut MaybeUninit<[[__m512i; M]; P]>,
+) {
+    // SAFETY: `sums` is C as the tiles lie, `[P][M]` rows of 64 bytes.
+    unsafe {
+        if M == ROWS {
+            tiles!(
+                "tilestored [{c} + {s}*1], tmm0"
+                "tilestored [{c} + {s}*1 + 1024], tmm2" ;
+                c = in(reg) sums.as_mut_ptr(),
+                s = in(reg) STEP,
+            );
+        } else {
+            tiles!(
                 "tilestored [{c} + {s}*1], tmm0"
                 "tilestored [{c} + {s}*1 + 1024], tmm1"
                 "tilestored [{c} + {s}*1 + 2048], tmm2"
-                "tilestored [{c} + {s}*1 + 3072], tmm3"
+                "tilestored [{c} + {s}*1 + 3072], tmm3" ;
+                c = in(reg) sums.as_mut_ptr(),
+                s = in(reg) STEP,
             );
         }
     }

@@ -549,10 +549,38 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     ) {
         unsafe {
             if const { LEVEL == AMX } {
-                amx::multiply(weights, acts, groups, sums);
+                self.begin_sums::<M>();
+                self.add_products::<P, M>(weights, acts, groups);
+                self.end_sums(sums);
             } else {
                 multiply(self, weights, acts, groups, sums.write([start; P]));
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn begin_sums<const M: usize>(self) {
+        if const { LEVEL == AMX } {
+            unsafe { amx::zero::<M>() }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_products<const P: usize, const M: usize>(
+        self,
+        weights: [*const u8; P],
+        acts: *const u8,
+        groups: Range<usize>,
+    ) {
+        if const { LEVEL == AMX } {
+            unsafe { amx::add::<P, M>(weights, acts, groups) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn end_sums<const P: usize, const M: usize>(
+        self,
+        sums: &mut MaybeUninit<[[Self::I32; M]; P]>,
+    ) {
+        if const { LEVEL == AMX } {
+            unsafe { amx::store(sums) }
         }
     }
     #[inline(always)]

@@ -1,4 +1,4 @@
-"""kbit beside llama.cpp and mistral.rs on the same machine, in one run.
+"""kbit beside llama.cpp, mistral.rs and PyTorch on the same machine, in one run.
 
     python benches/compare.py                                           all of the 1B shape, some 80 minutes
     python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 10 minutes
@@ -11,7 +11,7 @@ by side: a shared machine reads memory two or three times as fast in one second 
 bandwidth is that of the middle pass, decode over plain reading between two decodes of one process. A peer that cannot
 be had ends the run. A measurement that fails or takes too long is not repeated: its reason stands below the tables,
 which say "failed" where no round gave a figure, and the exit code is 1. Use an idle machine: engines whose threads
-wait for each other take minutes on a busy one. 20 GB of disk, 8 GB of memory.
+wait for each other take minutes on a busy one. 30 GB of disk, 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Bench:
     name: str
     """Of the shape."""
     shape: shapes.Shape
+    source: Path
     saved: dict[int, Path]
     files: dict[str, Path]
     peer: peers.Peers
@@ -201,6 +202,14 @@ class Bench:
         """The same behind many tokens."""
         return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, "depth", self.timeout)
 
+    def torch(self) -> Row:
+        """PyTorch on the weights before quantisation, in bfloat16."""
+        return self.row(
+            "PyTorch bf16",
+            "bf16",
+            lambda _: peers.torch(self.peer, self.source, self.threads, self.timeout),
+        )
+
     def measure(self, done: Callable[[int], None]) -> None:
         """Every row once a round, decode more often, the limits of the machine before each pass and after the last.
 
@@ -273,7 +282,7 @@ def widths(b: Bench) -> Render:
     }
     kinds = sorted({NEAREST[bits] for bits in b.saved} | {"Q4_0", "Q4_K_M"})
     theirs = {kind: b.llama(kind) for kind in kinds}
-    rust = b.mistral()
+    rust, torch = b.mistral(), b.torch()
 
     def render() -> list[str]:
         base = ours.get(4, next(iter(ours.values())))
@@ -295,7 +304,7 @@ def widths(b: Bench) -> Render:
             rows,
         )  # fmt: skip
         if 4 in ours:
-            against = [theirs["Q4_0"], theirs["Q4_K_M"], rust]
+            against = [theirs["Q4_0"], theirs["Q4_K_M"], rust, torch]
             out += table(["k = 4 against", "prefill", "decode", "prefill ratio", "decode ratio"],
                          [[row.name, *rates(row), *ratios(ours[4], row)] for row in against])  # fmt: skip
         return out
@@ -569,6 +578,7 @@ def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
     return Bench(
         args.shape,
         shape,
+        source,
         saved,
         found,
         peer,
@@ -588,9 +598,10 @@ def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:
         machine(b.threads),
         *b.peer.notes,
         "",
-        f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}; best of {rounds} interleaved rounds"
-        f"{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + b.decodes} passes of decode each "
-        f"({1 + min(BATCH_DECODES, b.decodes)} of batches) of {TURNS} turns ({BATCH_TURNS}), {minutes:.0f} minutes.",
+        f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}, PyTorch {peers.TORCH}; best of "
+        f"{rounds} interleaved rounds{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + b.decodes} passes of "
+        f"decode each ({1 + min(BATCH_DECODES, b.decodes)} of batches) of {TURNS} turns ({BATCH_TURNS}), "
+        f"{minutes:.0f} minutes.",
         f"Limits, before each pass and after each round: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} "
         f"GB/s (middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth "
         "are those of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes "

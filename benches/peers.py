@@ -1,4 +1,4 @@
-"""The engines kbit is compared with: llama.cpp (built from the source package of llama-cpp-python), mistral.rs.
+"""The engines kbit is compared with: llama.cpp (built from the source of llama-cpp-python), mistral.rs, PyTorch.
 
 One that cannot be had ends the run; one that gives no measurement has `Failed`: a table is never silently shorter.
 """
@@ -21,9 +21,11 @@ from pathlib import Path
 
 LLAMA_CPP = "0.3.36"
 MISTRALRS = "0.9.5"
+TORCH = "2.15.0"
 BUILD = ["cmake==4.4.4", "ninja==1.13.2"]
 PACKAGES = [
     f"mistralrs=={MISTRALRS}",
+    f"torch=={TORCH}",
     "gguf==0.19.0",
     "tokenizers==0.23.3",
     "safetensors==0.8.0",
@@ -334,3 +336,10 @@ def mistral(
     if not lines:
         raise Failed(f"mistral.rs on {model.name} printed no result: {ran.output[-1000:]}")
     return dict(json.loads(lines[-1]))
+
+
+def torch(peers: Peers, model: Path, threads: int, timeout: float) -> dict[str, float]:
+    """Tokens/s of PyTorch in bfloat16 on a Hugging Face directory."""
+    script = Path(__file__).with_name("beside_torch.py")
+    ran = run(peers.python, script, model, str(threads), timeout=timeout)
+    return dict(json.loads(ran.output.splitlines()[-1]))

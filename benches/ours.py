@@ -79,6 +79,7 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
     if what in ("speed", "decode"):
         run([64], 8)
         if what == "speed":
+            run([512], 1)  # every engine has read a prompt of that size before
             out["prefill"] = 512 / run([512], 1)[0].prompt_seconds
         decode()
     elif what == "depth":

@@ -307,6 +307,7 @@ def rate(tokens, seconds):
 if what != "depth":
     ask(100, 64, 8)
     if what == "speed":
+        ask(150, 512, 1)
         out["prefill"] = rate(512, ask(200, 512, 1).total_prompt_time_sec)
     out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in range(300, 300 + 50 * turns, 50))
 else:

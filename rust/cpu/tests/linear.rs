@@ -11,6 +11,7 @@ mod common;
 mod emulator;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use common::{Random, random_codebook, random_matrix, random_row};
 use emulator::instruction_sets;
@@ -390,18 +391,39 @@ fn many_tokens_give_the_bits_of_a_few() {
                 let all = matrix.multiply(isa, &x).expect("memory");
                 assert!(bits(&all) == bits(&few), "{isa}, {scales:?}");
 
-                let mut acts = Acts::new().expect("memory");
-                acts.reserve(isa, matrix.input(), tokens).expect("memory");
-                acts.fill_all(&x, inputs);
-                let mut cut = vec![f32::NAN; tokens * rows];
-                for part in [WHOLE_TILES..960, 960..tokens, 0..WHOLE_TILES] {
-                    // SAFETY: there is a place for every token and row.
-                    unsafe { matrix.run(&acts, part, 0..matrix.panels(), cut.as_mut_ptr(), rows) };
-                }
+                let parts = [WHOLE_TILES..960, 960..tokens, 0..WHOLE_TILES];
+                let cut = in_parts(&matrix, isa, &x, parts);
                 assert!(bits(&cut) == bits(&few), "{isa}, {scales:?}, cut");
             }
         }
     }
+}
+
+/// [`Matrix::multiply`], its tokens cut by the caller.
+fn in_parts<const N: usize>(
+    matrix: &Matrix,
+    isa: Isa,
+    x: &[f32],
+    parts: [Range<usize>; N],
+) -> Vec<f32> {
+    let tokens = x.len() / matrix.inputs();
+    let mut acts = Acts::new().expect("memory");
+    acts.reserve(isa, matrix.input(), tokens).expect("memory");
+    acts.fill_all(x, matrix.inputs());
+    let mut out = vec![f32::NAN; tokens * matrix.rows()];
+    for part in parts {
+        // SAFETY: there is a place for every token and row.
+        unsafe {
+            matrix.run(
+                &acts,
+                part,
+                0..matrix.panels(),
+                out.as_mut_ptr(),
+                matrix.rows(),
+            );
+        }
+    }
+    out
 }
 
 /// What a caller cuts off may be less than a tile that is not the first.
@@ -438,14 +460,7 @@ fn a_last_cut_of_any_size_gives_the_same_bits() {
                 .collect();
             let want = bits(&reference(&k, &x, tokens));
             for isa in instruction_sets() {
-                let mut acts = Acts::new().expect("memory");
-                acts.reserve(isa, matrix.input(), tokens).expect("memory");
-                acts.fill_all(&x, inputs);
-                let mut cut = vec![f32::NAN; tokens * rows];
-                for part in [0..whole, whole..tokens] {
-                    // SAFETY: there is a place for every token and row.
-                    unsafe { matrix.run(&acts, part, 0..matrix.panels(), cut.as_mut_ptr(), rows) };
-                }
+                let cut = in_parts(&matrix, isa, &x, [0..whole, whole..tokens]);
                 assert!(
                     bits(&cut) == want,
                     "{isa}, {scales:?}, {last} after {whole}"

@@ -227,11 +227,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn lookup<const BITS: usize>(self, table: &Self::Table, code: Self::Bytes) -> Self::Bytes;
     /// Bytes that are weights xored with [`Simd::BIAS`], as the dot product wants them.
     fn weights(self, v: Self::Bytes) -> Self::Weights;
-    /// Whether that is so here, and there is a [`Simd::fold`] of its own for it.
-    #[inline(always)]
-    fn single<const BITS: usize>(self) -> bool {
-        false
-    }
     /// Codebook and ladder.
     fn ladder<const BITS: usize>(self, book: &Book) -> Self::Ladder;
     /// Ladder indices of 16 rows: the low or the high nibbles. `SINGLE` as [`Simd::fold`] will have it.
@@ -242,13 +237,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
         high: bool,
     ) -> Self::Rungs;
     /// `(codebook[code] * ladder[s] + 64) >> 7` of each byte; bits of the code above BITS are ignored.
-    /// `SINGLE`: for processors that look bytes up in one register at a time faster than in two ([`Simd::single`]).
+    /// `SINGLE`: by looking bytes up in one register at a time, where there is another way ([`Simd::single`] says when that is faster).
     fn fold<const BITS: usize, const SINGLE: bool>(
         self,
         ladder: &Self::Ladder,
         rungs: &Self::Rungs,
         code: Self::Bytes,
     ) -> Self::Weights;
+    /// Whether this processor is faster with `SINGLE` in [`Simd::fold`].
+    #[inline(always)]
+    fn single<const BITS: usize>(self) -> bool {
+        false
+    }
     /// Weights to memory.
     ///
     /// # Safety

@@ -156,37 +156,34 @@ impl SimdOp for Codes<'_> {
 }
 
 impl Codes<'_> {
+    /// Under the ladder indices of low and of high nibbles.
+    #[inline(always)]
+    fn folds<S: Simd, const BITS: usize, const SINGLE: bool>(&self, s: S) -> [S::Weights; 2] {
+        let (codes, ladder) = (s.load_bytes(self.codes), s.ladder::<BITS>(self.book));
+        let low = s.rungs::<BITS, SINGLE>(&ladder, self.s, false);
+        let high = s.rungs::<BITS, SINGLE>(&ladder, self.s, true);
+        [
+            s.fold::<BITS, SINGLE>(&ladder, &low, codes),
+            s.fold::<BITS, SINGLE>(&ladder, &high, codes),
+        ]
+    }
+
     #[inline(always)]
     fn at<S: Simd, const BITS: usize>(self, s: S) -> Vec<i32> {
         #[repr(align(64))]
         struct Line([u8; 128]);
         let codes = s.load_bytes(self.codes);
         let table = s.table(self.book);
-        let ladder = s.ladder::<BITS>(self.book);
+        let several = self.folds::<S, BITS, false>(s);
+        let one = self.folds::<S, BITS, true>(s);
         let masked = s.merge(((1u16 << BITS) - 1) as u8, codes, s.splat_bytes(0));
         let minus = s.splat_bytes((1u8 << (BITS - 1)).wrapping_neg() ^ S::BIAS);
         let all = [
             s.weights(s.lookup::<BITS>(&table, codes)),
-            s.fold::<BITS, false>(
-                &ladder,
-                &s.rungs::<BITS, false>(&ladder, self.s, false),
-                codes,
-            ),
-            s.fold::<BITS, false>(
-                &ladder,
-                &s.rungs::<BITS, false>(&ladder, self.s, true),
-                codes,
-            ),
-            s.fold::<BITS, true>(
-                &ladder,
-                &s.rungs::<BITS, true>(&ladder, self.s, false),
-                codes,
-            ),
-            s.fold::<BITS, true>(
-                &ladder,
-                &s.rungs::<BITS, true>(&ladder, self.s, true),
-                codes,
-            ),
+            one[0],
+            one[1],
+            several[0],
+            several[1],
             s.weights(s.linear(masked, minus, s.splat_bytes(0x81 ^ S::BIAS))),
             s.weights(s.lookup::<BITS>(&table, s.shr(codes, 3))),
             s.weights(s.lookup::<BITS>(&table, s.shl(codes, 2))),

@@ -559,9 +559,8 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     }
     #[inline(always)]
     unsafe fn begin_sums<const M: usize>(self) {
-        if const { LEVEL == AMX } {
-            unsafe { amx::zero::<M>() }
-        }
+        assert!(Self::STORED, "sums are vectors");
+        unsafe { amx::zero::<M>() }
     }
     #[inline(always)]
     unsafe fn add_products<const P: usize, const M: usize>(
@@ -570,18 +569,16 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         acts: *const u8,
         groups: Range<usize>,
     ) {
-        if const { LEVEL == AMX } {
-            unsafe { amx::add::<P, M>(weights, acts, groups) }
-        }
+        assert!(Self::STORED, "sums are vectors");
+        unsafe { amx::add::<P, M>(weights, acts, groups) }
     }
     #[inline(always)]
     unsafe fn end_sums<const P: usize, const M: usize>(
         self,
         sums: &mut MaybeUninit<[[Self::I32; M]; P]>,
     ) {
-        if const { LEVEL == AMX } {
-            unsafe { amx::store(sums) }
-        }
+        assert!(Self::STORED, "sums are vectors");
+        unsafe { amx::store(sums) }
     }
     #[inline(always)]
     fn prefetch(self, at: *const u8) {

@@ -1,10 +1,10 @@
 //! Prefill and decode of a random model end to end on the CPU device, beside the read bandwidth of the same run.
 //!
 //! ```text
-//! cargo run --profile quick -p kbit-benches --bin model -- [bits] [threads] [what...]
+//! cargo run --profile quick -p kbit-benches --bin model -- [bits] [threads] [what...] [shape=0.5B]
 //! ```
 //! `what`: any of `decode`, `prefill`, `deep` (both at depth 4096), `batch`; all by default. The shape is that of
-//! Llama-3.2-1B: 16 layers, hidden 2048, 32 query and 8 key-value heads of 64, MLP 8192, vocabulary 128256, tied head.
+//! Llama-3.2-1B or Qwen2.5-0.5B, both with tied heads.
 #![allow(clippy::print_stdout, reason = "a report")]
 
 use std::sync::Arc;
@@ -17,13 +17,32 @@ use kbit_tensor::program::{
     Activation, Buffer, BufferId, CacheLayer, Device, Epilogue, Linear, Norm, NormKind, Op,
     Options, Part, Program, Rope, Rows, Runner, SequenceId, Want, WeightId,
 };
-use kbit_tensor::{Bytes, Codebook, KLayout, KTensor, Result, Scales, Tensor, Weight};
+use kbit_tensor::{Bytes, Codebook, Error, KLayout, KTensor, Result, Scales, Tensor, Weight};
 
-const LAYERS: usize = 16;
-const HIDDEN: usize = 2048;
-const INNER: usize = 8192;
-const VOCAB: usize = 128_256;
-const HEADS: (usize, usize, usize) = (32, 8, 64);
+/// Sizes of a model.
+struct Shape {
+    layers: usize,
+    hidden: usize,
+    inner: usize,
+    vocab: usize,
+    /// Query heads, key-value heads, their width.
+    heads: (usize, usize, usize),
+}
+
+const SMALL: Shape = Shape {
+    layers: 24,
+    hidden: 896,
+    inner: 4864,
+    vocab: 151_936,
+    heads: (14, 2, 64),
+};
+const USUAL: Shape = Shape {
+    layers: 16,
+    hidden: 2048,
+    inner: 8192,
+    vocab: 128_256,
+    heads: (32, 8, 64),
+};
 const CONTEXT: usize = 8192;
 
 fn main() -> Result<()> {
@@ -35,9 +54,18 @@ fn main() -> Result<()> {
             .unwrap_or(default)
     };
     let (bits, threads) = (number(0, 4), number(1, 0));
-    let asked = |what: &str| arguments.len() < 3 || arguments[2..].iter().any(|a| a == what);
+    let words = arguments.iter().skip(2);
+    let (shapes, parts): (Vec<_>, Vec<_>) = words.partition(|a| a.starts_with("shape="));
+    let asked = |what: &str| parts.is_empty() || parts.iter().any(|a| *a == what);
+    let shape = match shapes.first().map(|a| a.as_str()) {
+        None | Some("shape=1B") => USUAL,
+        Some("shape=0.5B") => SMALL,
+        Some(other) => {
+            return Err(Error::Argument(format!("{other}: shapes are 0.5B and 1B")));
+        }
+    };
 
-    let (program, weights) = model(bits)?;
+    let (program, weights) = model(bits, &shape)?;
     let bytes: usize = weights.iter().map(Weight::nbytes).sum();
     let options = Options {
         threads,
@@ -51,7 +79,7 @@ fn main() -> Result<()> {
         runner.threads(),
         start.elapsed()
     );
-    let isa = kbit_simd::Isa::chosen().map_err(|e| kbit_tensor::Error::Argument(e.to_string()))?;
+    let isa = kbit_simd::Isa::chosen().map_err(|e| Error::Argument(e.to_string()))?;
     let bandwidth = limits::measure(isa, runner.threads(), 1 << 30, 3)?.read() * 1e9;
     println!("read bandwidth {:.1} GB/s", bandwidth / 1e9);
 
@@ -61,11 +89,11 @@ fn main() -> Result<()> {
         }
         let sequence = runner.open(CONTEXT)?;
         if depth > 0 {
-            step(&mut *runner, &[sequence], depth, Rows::None)?;
+            shape.step(&mut *runner, &[sequence], depth, Rows::None)?;
         }
         if depth > 0 || asked("prefill") {
             let time = best(3, || {
-                let time = step(&mut *runner, &[sequence], 512, Rows::Last)?;
+                let time = shape.step(&mut *runner, &[sequence], 512, Rows::Last)?;
                 runner.truncate(sequence, depth);
                 Ok(time)
             })?;
@@ -75,11 +103,11 @@ fn main() -> Result<()> {
             );
         }
         if depth > 0 || asked("decode") {
-            let kv = LAYERS * HEADS.1 * HEADS.2 * 2 * 2 * depth;
+            let kv = shape.layers * shape.heads.1 * shape.heads.2 * 2 * 2 * depth;
             let time = best(5, || {
                 let start = Instant::now();
                 for _ in 0..20 {
-                    step(&mut *runner, &[sequence], 1, Rows::Last)?;
+                    shape.step(&mut *runner, &[sequence], 1, Rows::Last)?;
                 }
                 runner.truncate(sequence, depth);
                 Ok(start.elapsed() / 20)
@@ -101,7 +129,7 @@ fn main() -> Result<()> {
             let time = best(5, || {
                 let start = Instant::now();
                 for _ in 0..8 {
-                    step(&mut *runner, &sequences, 1, Rows::Last)?;
+                    shape.step(&mut *runner, &sequences, 1, Rows::Last)?;
                 }
                 Ok(start.elapsed() / 8)
             })?;
@@ -119,32 +147,41 @@ fn best(n: usize, mut run: impl FnMut() -> Result<Duration>) -> Result<Duration>
         .try_fold(Duration::MAX, |best, time| Ok(best.min(time?)))
 }
 
-/// One step of `n` tokens a sequence.
-fn step(
-    runner: &mut dyn Runner,
-    sequences: &[SequenceId],
-    n: usize,
-    rows: Rows,
-) -> Result<Duration> {
-    let ids: Vec<u32> = (0..n as u32).map(|i| i * 7919 % VOCAB as u32).collect();
-    let batch: Vec<Part<'_>> = sequences
-        .iter()
-        .map(|&sequence| Part {
-            sequence,
-            ids: &ids,
-            rows,
-        })
-        .collect();
-    let start = Instant::now();
-    runner.run(&batch, Want::default(), &AtomicBool::new(false))?;
-    Ok(start.elapsed())
+impl Shape {
+    /// One step of `n` tokens a sequence.
+    fn step(
+        &self,
+        runner: &mut dyn Runner,
+        sequences: &[SequenceId],
+        n: usize,
+        rows: Rows,
+    ) -> Result<Duration> {
+        let ids: Vec<u32> = (0..n).map(|i| (i * 7919 % self.vocab) as u32).collect();
+        let batch: Vec<Part<'_>> = sequences
+            .iter()
+            .map(|&sequence| Part {
+                sequence,
+                ids: &ids,
+                rows,
+            })
+            .collect();
+        let start = Instant::now();
+        runner.run(&batch, Want::default(), &AtomicBool::new(false))?;
+        Ok(start.elapsed())
+    }
 }
 
 /// The program and random weights.
-fn model(bits: usize) -> Result<(Program, Vec<Weight>)> {
-    let (q, kv, d) = HEADS;
+fn model(bits: usize, shape: &Shape) -> Result<(Program, Vec<Weight>)> {
+    let Shape {
+        layers,
+        hidden,
+        inner,
+        vocab,
+        heads: (q, kv, d),
+    } = *shape;
     let mut program = Program {
-        vocab_size: VOCAB,
+        vocab_size: vocab,
         context: CONTEXT,
         ..Program::default()
     };
@@ -159,14 +196,14 @@ fn model(bits: usize) -> Result<(Program, Vec<Weight>)> {
         });
         Ok(WeightId(program.weights.len() as u32 - 1))
     };
-    let widths = [HIDDEN, HIDDEN, (q + 2 * kv) * d, q * d, INNER];
+    let widths = [hidden, hidden, (q + 2 * kv) * d, q * d, inner];
     program.buffers = widths
         .map(|width| Buffer {
             name: width.to_string(),
             width,
         })
         .to_vec();
-    let [h, x, qkv, heads, inner] = [0, 1, 2, 3, 4].map(BufferId);
+    let [h, x, qkv, heads, between] = [0, 1, 2, 3, 4].map(BufferId);
     let inv_freq = (0..d / 2)
         .map(|j| 500_000f32.powf(-2.0 * j as f32 / d as f32))
         .collect();
@@ -175,7 +212,7 @@ fn model(bits: usize) -> Result<(Program, Vec<Weight>)> {
         scale: 1.0,
         long: None,
     });
-    let table = add(&mut program, VOCAB, HIDDEN)?;
+    let table = add(&mut program, vocab, hidden)?;
     program.ops.push(Op::Embed {
         table,
         scale: 1.0,
@@ -189,8 +226,8 @@ fn model(bits: usize) -> Result<(Program, Vec<Weight>)> {
         weight: Some(weight),
         bias: None,
     };
-    for layer in 0..LAYERS {
-        let weight = add(&mut program, HIDDEN, 0)?;
+    for layer in 0..layers {
+        let weight = add(&mut program, hidden, 0)?;
         program.ops.push(Op::Norm {
             x: h,
             norm: norm(weight),
@@ -198,7 +235,7 @@ fn model(bits: usize) -> Result<(Program, Vec<Weight>)> {
         });
         let parts = [q * d, kv * d, kv * d]
             .into_iter()
-            .map(|rows| add(&mut program, rows, HIDDEN).map(linear));
+            .map(|rows| add(&mut program, rows, hidden).map(linear));
         let parts = parts.collect::<Result<_>>()?;
         program.ops.push(Op::Linear {
             x,
@@ -230,38 +267,38 @@ fn model(bits: usize) -> Result<(Program, Vec<Weight>)> {
             head_dim: d,
             window: None,
         });
-        let parts = vec![linear(add(&mut program, HIDDEN, q * d)?)];
+        let parts = vec![linear(add(&mut program, hidden, q * d)?)];
         program.ops.push(Op::Linear {
             x: heads,
             parts,
             epilogue: Epilogue::AddTo { scale: 1.0 },
             out: h,
         });
-        let weight = add(&mut program, HIDDEN, 0)?;
+        let weight = add(&mut program, hidden, 0)?;
         program.ops.push(Op::Norm {
             x: h,
             norm: norm(weight),
             out: x,
         });
         let parts = vec![
-            linear(add(&mut program, INNER, HIDDEN)?),
-            linear(add(&mut program, INNER, HIDDEN)?),
+            linear(add(&mut program, inner, hidden)?),
+            linear(add(&mut program, inner, hidden)?),
         ];
         program.ops.push(Op::Linear {
             x,
             parts,
             epilogue: Epilogue::Gated(Activation::Silu),
-            out: inner,
+            out: between,
         });
-        let parts = vec![linear(add(&mut program, HIDDEN, INNER)?)];
+        let parts = vec![linear(add(&mut program, hidden, inner)?)];
         program.ops.push(Op::Linear {
-            x: inner,
+            x: between,
             parts,
             epilogue: Epilogue::AddTo { scale: 1.0 },
             out: h,
         });
     }
-    let weight = add(&mut program, HIDDEN, 0)?;
+    let weight = add(&mut program, hidden, 0)?;
     program.ops.push(Op::Norm {
         x: h,
         norm: norm(weight),

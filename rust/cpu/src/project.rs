@@ -1,16 +1,16 @@
-//! Matrices of an operation with their epilogue, cut into work items.
+//! Matrices of an operation, cut into work items.
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
-use kbit_simd::{Isa, LANES, Simd, SimdOp, dispatch};
+use kbit_simd::Isa;
 use kbit_tensor::ROWS;
 use kbit_tensor::program::Epilogue;
 
-use crate::activation::{finish, gate, is_gated};
+use crate::activation::is_gated;
 use crate::acts::Acts;
 use crate::linear::Matrix;
-use crate::norm::{load, store};
+use crate::linear::out::{Finish, Target};
 use crate::plan::FEW;
 
 /// Most bytes of weights that a thread of a pass with few tokens takes at a time: long, so that memory is read as one stream.
@@ -43,13 +43,6 @@ pub(crate) struct Part {
 pub(crate) struct Projection {
     pub(crate) parts: Vec<Part>,
     pub(crate) epilogue: Epilogue,
-}
-
-/// Where outputs go: row t starts at `at + t * stride`.
-#[derive(Clone, Copy)]
-pub(crate) struct Target {
-    pub(crate) at: *mut f32,
-    pub(crate) stride: usize,
 }
 
 impl Projection {
@@ -130,7 +123,6 @@ impl Projection {
     /// other thread touches these items' columns of these tokens.
     pub(crate) unsafe fn items_of<'a>(
         &self,
-        isa: Isa,
         items: Range<usize>,
         tokens: Range<usize>,
         acts: impl Fn(usize) -> &'a Acts,
@@ -141,7 +133,7 @@ impl Projection {
         for (part, panels, column) in self.pieces(items, all) {
             let tokens = tokens.clone();
             // SAFETY: as the caller says.
-            unsafe { self.panels(isa, part, panels, column, tokens, &acts, to, scratch) };
+            unsafe { self.panels(part, panels, column, tokens, &acts, to, scratch) };
         }
     }
 
@@ -151,7 +143,6 @@ impl Projection {
     /// As [`Projection::items_of`].
     unsafe fn panels<'a>(
         &self,
-        isa: Isa,
         first: usize,
         panels: Range<usize>,
         column: usize,
@@ -160,122 +151,42 @@ impl Projection {
         to: Target,
         scratch: &mut Vec<f32>,
     ) {
-        let part = &self.parts[first];
-        let rows = panels.start * ROWS..part.matrix.rows().min(panels.end * ROWS);
-        let column = column + rows.start;
-        if self.epilogue == Epilogue::Store && part.bias.is_none() {
-            // SAFETY: the columns of these panels start `rows.start` after the part's first.
-            unsafe {
-                part.matrix.run(
-                    acts(part.acts),
-                    tokens,
-                    panels,
-                    to.at.add(column).sub(rows.start),
-                    to.stride,
-                );
-            };
-            return;
-        }
-        let width = panels.len() * ROWS;
-        let size = tokens.len() * width;
         let gated = is_gated(self.epilogue);
-        let wanted = size * if gated { 2 } else { 1 };
-        // Not made shorter, as growing it again would write zeros.
-        if scratch.len() < wanted {
-            scratch.resize(wanted, 0.0);
-        }
-        let mut compute = |p: usize| {
-            let part = &self.parts[first + p];
-            let at = scratch[p * size..].as_mut_ptr();
-            // SAFETY: the scratch holds a row of `width` for each of `tokens` and part; the kernel writes at numbers of tokens and
-            // features, which start at `tokens.start` and `rows.start`.
-            unsafe {
-                part.matrix.run(
-                    acts(part.acts),
-                    tokens.clone(),
-                    panels.clone(),
-                    at.wrapping_sub(tokens.start * width + rows.start),
-                    width,
-                );
-            };
-        };
-        compute(0);
-        if gated {
-            compute(1);
-        }
-        let (y, up) = scratch.split_at(size);
-        let bias = |p: usize| {
-            self.parts[first + p]
-                .bias
-                .as_ref()
-                .map(|b| &b[rows.clone()])
-        };
-        let (bias, up_bias) = (bias(0), if gated { bias(1) } else { None });
-        dispatch(
-            isa,
-            Apply {
-                epilogue: self.epilogue,
-                tokens,
-                n: rows.len(),
-                width,
-                y,
-                up,
-                bias,
-                up_bias,
-                column,
-                to,
-            },
-        );
-    }
-}
-
-/// Epilogue of some panels: `y` (and `up`), (tokens, width) of which `n` columns count, into these rows of `to` from `column` on.
-struct Apply<'a> {
-    epilogue: Epilogue,
-    tokens: Range<usize>,
-    n: usize,
-    width: usize,
-    y: &'a [f32],
-    up: &'a [f32],
-    bias: Option<&'a [f32]>,
-    up_bias: Option<&'a [f32]>,
-    column: usize,
-    to: Target,
-}
-
-impl SimdOp for Apply<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn eval<S: Simd>(self, s: S) {
-        let biased = |y: &[f32], bias: Option<&[f32]>, at: usize| {
-            let v = load(s, y);
-            bias.map_or(v, |b| s.add(v, load(s, &b[at..at + y.len()])))
-        };
-        for (row, token) in self.tokens.enumerate() {
-            let row = row * self.width;
-            // SAFETY: `Projection::items_of`'s caller gives this thread these columns.
-            let out = unsafe {
-                std::slice::from_raw_parts_mut(
-                    self.to.at.add(token * self.to.stride + self.column),
-                    self.n,
-                )
-            };
-            for (i, out) in out.chunks_mut(LANES).enumerate() {
-                let at = i * LANES;
-                let here = row + at..row + at + out.len();
-                let y = biased(&self.y[here.clone()], self.bias, at);
-                let v = if is_gated(self.epilogue) {
-                    gate(
-                        s,
-                        self.epilogue,
-                        y,
-                        biased(&self.up[here], self.up_bias, at),
-                    )
-                } else {
-                    finish(s, self.epilogue, y, || load(s, out))
-                };
-                store(s, v, out);
+        let gate = gated.then(|| {
+            let (begin, width) = (panels.start * ROWS, panels.len() * ROWS);
+            let size = tokens.len() * width;
+            // Not made shorter, as growing it again would write zeros.
+            if scratch.len() < size {
+                scratch.resize(size, 0.0);
             }
+            // Kernels write at numbers of tokens and features.
+            let before = tokens.start * width + begin;
+            Target {
+                at: scratch.as_mut_ptr().wrapping_sub(before),
+                stride: width,
+            }
+        });
+        let compute = |part: usize, to: Target, epilogue: Epilogue, gate: Option<Target>| {
+            let part = &self.parts[part];
+            let finish = Finish {
+                epilogue,
+                bias: part.bias.as_deref(),
+                gate,
+            };
+            let (tokens, panels) = (tokens.clone(), panels.clone());
+            // SAFETY: as the caller says; the scratch holds a row of these panels for each of `tokens`.
+            unsafe {
+                part.matrix
+                    .run_into(acts(part.acts), tokens, panels, to, finish)
+            };
+        };
+        if let Some(gate) = gate {
+            compute(first, gate, Epilogue::Store, None);
         }
+        let to = Target {
+            at: to.at.wrapping_add(column),
+            stride: to.stride,
+        };
+        compute(first + usize::from(gated), to, self.epilogue, gate);
     }
 }

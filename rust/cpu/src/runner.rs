@@ -13,11 +13,11 @@ use crate::attention::{Attention, View, WeightsOut, Work, is_split};
 use crate::buffers::Rows;
 use crate::cache::{Cache, HeadLayout};
 use crate::head::Best;
+use crate::linear::out::Target;
 use crate::op::Op;
 use crate::plan::{FEW, Plan};
 use crate::pool;
 use crate::prepare::Model;
-use crate::project::Target;
 use crate::rope::Tables;
 use crate::step::{Memory, Pass};
 

@@ -36,7 +36,7 @@ pub(super) fn run<S: Simd>(
     scale: &Scale,
     tile: &Tile,
     panels: Range<usize>,
-    out: Out,
+    out: Out<'_>,
 ) -> bool {
     let job = Job {
         decoder,
@@ -126,7 +126,7 @@ struct Job<'a> {
     scale: &'a Scale,
     tile: &'a Tile,
     panels: Range<usize>,
-    out: Out,
+    out: Out<'a>,
 }
 
 /// Bytes between reading and asking: more than the second cache takes to fetch, little of it.
@@ -334,10 +334,8 @@ impl<S: Simd, D: Decode<S>, const CHAINS: usize, const M: usize> SimdOp
                 // SAFETY: as above.
                 unsafe { settle_wide(s, layout, scales, tile, sup, &chains[0], &mut y) }
             }
-            for n in 0..tile.tokens.min(M) {
-                // SAFETY: `Matrix::run` has this part of the output to itself.
-                s.store_part(y[n], unsafe { job.out.part(n, panel) });
-            }
+            // SAFETY: `Matrix::run` has this part of the output to itself.
+            unsafe { job.out.put(s, 0, panel, &y[..tile.tokens.min(M)]) };
         }
     }
 }
@@ -407,10 +405,8 @@ impl<S: Simd, D: Decode<S>, const BLOCK: usize, const M: usize> SimdOp
                     y: &mut state.y,
                 });
             }
-            for n in 0..tile.tokens.min(M) {
-                // SAFETY: `Matrix::run` has this part of the output to itself.
-                s.store_part(state.y[n], unsafe { job.out.part(n, panel) });
-            }
+            // SAFETY: `Matrix::run` has this part of the output to itself.
+            unsafe { job.out.put(s, 0, panel, &state.y[..tile.tokens.min(M)]) };
         }
     }
 }

@@ -99,7 +99,7 @@ pub(super) fn run<S: Simd>(
     acts: &Acts,
     tiles: Range<usize>,
     panels: Range<usize>,
-    out: Out,
+    out: Out<'_>,
 ) {
     let inputs = acts.input().inputs;
     if let (Source::Dense(dense), 1) = (source, acts.tokens()) {
@@ -164,7 +164,7 @@ struct One<'a, S: Simd> {
     dense: &'a Dense,
     tile: Tile,
     panels: Range<usize>,
-    out: Out,
+    out: Out<'a>,
 }
 
 impl<S: Simd> SimdOp for One<'_, S> {
@@ -188,7 +188,7 @@ impl<S: Simd> SimdOp for One<'_, S> {
                 p[i % 4] = s.fma(w, a, p[i % 4]);
             }
             // SAFETY: `Matrix::run` has this part of the output to itself.
-            s.store_part(join(s, p), unsafe { self.out.part(0, panel) });
+            unsafe { self.out.put(s, 0, panel, &[join(s, p)]) };
         }
     }
 }
@@ -334,7 +334,7 @@ struct Job<'a> {
     first: usize,
     panel: usize,
     inputs: usize,
-    out: Out,
+    out: Out<'a>,
 }
 
 struct Product<'a, S: Simd, const M: usize>(S, Job<'a>);
@@ -359,10 +359,12 @@ impl<S: Simd, const M: usize> SimdOp for Product<'_, S, M> {
             }
             *chain = p;
         }
-        for n in 0..job.tile.tokens.min(M) {
-            let y = join(s, [chains[0][n], chains[1][n], chains[2][n], chains[3][n]]);
-            // SAFETY: `Matrix::run` has this part of the output to itself.
-            s.store_part(y, unsafe { job.out.part(job.first + n, job.panel) });
+        let mut y = [s.splat(0.0); M];
+        for n in 0..M {
+            y[n] = join(s, [chains[0][n], chains[1][n], chains[2][n], chains[3][n]]);
         }
+        let y = &y[..job.tile.tokens.min(M)];
+        // SAFETY: `Matrix::run` has this part of the output to itself.
+        unsafe { job.out.put(s, job.first, job.panel, y) };
     }
 }

@@ -14,12 +14,14 @@
 //! | `tiles.rs` | more tokens: decode some super-blocks into the first cache, multiply them with every tile of tokens |
 //! | `stored.rs` | the same with matrix tiles, whose sums lie in memory |
 //! | `unpack.rs` | decoding to memory |
+//! | `out.rs` | where results go, and the epilogue on the way there |
 //! | `float.rs` | dense weights, f32 codebooks and f32 activations |
 //! | `trace.rs` | which kernels ran |
 
 mod codes;
 mod direct;
 mod float;
+pub(crate) mod out;
 mod scales;
 mod stored;
 mod tiles;
@@ -35,6 +37,7 @@ use kbit_tensor::{Codebook, KTensor, ROWS, Result, Scales, Weight};
 use crate::acts::{Acts, Form, Input};
 use codes::Decoder;
 use float::Dense;
+use out::{Finish, Out, Target};
 use scales::Scale;
 
 /// A weight, ready to be multiplied.
@@ -62,29 +65,6 @@ enum Store {
     Floats(KTensor),
     /// Float path of an array.
     Dense(Dense),
-}
-
-/// Where results go: row t of the output starts at `at + t * stride`; output feature r is number r of a row.
-#[derive(Clone, Copy)]
-pub(crate) struct Out {
-    pub at: *mut f32,
-    pub stride: usize,
-    pub rows: usize,
-}
-
-impl Out {
-    /// The part of row `token` that belongs to `panel`, shorter than 16 at the end.
-    ///
-    /// # Safety
-    /// As [`Matrix::run`]; the slice must not outlive the store it is for.
-    #[inline(always)]
-    unsafe fn part<'a>(self, token: usize, panel: usize) -> &'a mut [f32] {
-        let n = ROWS.min(self.rows - panel * ROWS);
-        // SAFETY: inside the output, which this panel's thread has to itself.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.at.add(token * self.stride + panel * ROWS), n)
-        }
-    }
 }
 
 impl Matrix {
@@ -203,6 +183,26 @@ impl Matrix {
         out: *mut f32,
         stride: usize,
     ) {
+        let to = Target { at: out, stride };
+        // SAFETY: as the caller says.
+        unsafe { self.run_into(acts, tokens, panels, to, Finish::STORE) };
+    }
+
+    /// [`Matrix::run`] with an epilogue: each output finished and stored while it is at hand.
+    ///
+    /// # Panics
+    /// As there, and when `finish` does not fit its epilogue or the matrix.
+    ///
+    /// # Safety
+    /// As there. What the epilogue adds to, and the gate, were written before at the same places.
+    pub(crate) unsafe fn run_into(
+        &self,
+        acts: &Acts,
+        tokens: Range<usize>,
+        panels: Range<usize>,
+        to: Target,
+        finish: Finish<'_>,
+    ) {
         assert!(
             *acts.input() == self.input,
             "activations made for {:?}, wanted {:?}",
@@ -222,11 +222,7 @@ impl Matrix {
             // A product counts once, however threads share its panels and tokens.
             trace::count(|| format!("{} {} m{}", self.kind(), acts.isa(), acts.tokens()));
         }
-        let out = Out {
-            at: out,
-            stride,
-            rows: self.rows,
-        };
+        let out = Out::new(to, self.rows, finish);
         let isa = acts.isa();
         match &self.store {
             Store::Codes {
@@ -297,7 +293,7 @@ struct Codes<'a> {
     acts: &'a Acts,
     tiles: Range<usize>,
     panels: Range<usize>,
-    out: Out,
+    out: Out<'a>,
 }
 
 impl SimdOp for Codes<'_> {
@@ -324,7 +320,13 @@ impl SimdOp for Codes<'_> {
 }
 
 /// The float path.
-struct Floats<'a>(float::Source<'a>, &'a Acts, Range<usize>, Range<usize>, Out);
+struct Floats<'a>(
+    float::Source<'a>,
+    &'a Acts,
+    Range<usize>,
+    Range<usize>,
+    Out<'a>,
+);
 
 impl SimdOp for Floats<'_> {
     type Output = ();

@@ -242,11 +242,9 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             }
         }
         for n in 0..panels.len() {
-            for token in 0..tile.tokens {
-                // SAFETY: `Matrix::run` has this part of the output to itself.
-                let out = unsafe { job.out.part(number * M + token, panels.start + n) };
-                s.store_part(y[n][token], out);
-            }
+            let y = &y[n][..tile.tokens];
+            // SAFETY: `Matrix::run` has this part of the output to itself.
+            unsafe { job.out.put(s, number * M, panels.start + n, y) };
         }
     }
 }

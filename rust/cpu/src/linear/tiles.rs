@@ -258,12 +258,10 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             for n in 0..panels.len() {
                 let (set, p) = (n / P * P, n % P);
                 let y = t * per_tile + set * room.places + p * tile.padded;
-                for token in 0..tile.tokens {
-                    // SAFETY: `Matrix::run` has this part of the output to itself.
-                    unsafe {
-                        let y = room.results.add(y + token).read();
-                        s.store_part(y, job.out.part(number * M + token, panels.start + n));
-                    }
+                // SAFETY: the tile's results are there, and `Matrix::run` has this part of the output to itself.
+                unsafe {
+                    let y = std::slice::from_raw_parts(room.results.add(y), tile.tokens);
+                    job.out.put(s, number * M, panels.start + n, y);
                 }
             }
         }

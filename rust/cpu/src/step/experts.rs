@@ -5,10 +5,11 @@ use kbit_tensor::Result;
 
 use super::{Own, Pass};
 use crate::experts::{AddScaled, Expert, Experts};
+use crate::linear::out::Target;
 use crate::op::ExpertsOp;
 use crate::plan::ExpertsPart;
 use crate::pool::Team;
-use crate::project::{Projection, Target};
+use crate::project::Projection;
 
 impl Pass<'_> {
     pub(super) fn experts(
@@ -134,7 +135,7 @@ impl Pass<'_> {
                     let items = here.start - first..here.end - first;
                     // SAFETY: as above.
                     unsafe {
-                        projection.items_of(self.isa, items, 0..slots.len(), acts, to, scratch);
+                        projection.items_of(items, 0..slots.len(), acts, to, scratch);
                     };
                 }
                 if run.end < first + items {

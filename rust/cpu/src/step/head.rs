@@ -4,8 +4,8 @@ use kbit_simd::dispatch;
 
 use super::{Own, Pass};
 use crate::head::{Head, Logits};
+use crate::linear::out::Target;
 use crate::pool::Team;
-use crate::project::Target;
 
 impl Pass<'_> {
     pub(super) fn gather(&self, x: usize, team: &Team<'_>) {
@@ -66,7 +66,7 @@ impl Pass<'_> {
             // SAFETY: `rows` has a row of the run's columns for every token; the plan.
             unsafe {
                 let acts = |a| self.acts(acts, a);
-                projection.items_of(self.isa, run, 0..n, acts, to, scratch);
+                projection.items_of(run, 0..n, acts, to, scratch);
             };
             for (r, (logits, best)) in rows
                 .chunks_exact_mut(ids.len())

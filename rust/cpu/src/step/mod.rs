@@ -23,12 +23,13 @@ use crate::buffers::{Cells, Rows};
 use crate::cache::HeadLayout;
 use crate::experts::{AddScaled, Routes};
 use crate::head::Best;
+use crate::linear::out::Target;
 use crate::norm::{norm, norm_in_place};
 use crate::op::{AddOp, AttentionOp, EmbedOp, HiddenOp, NormOp};
 use crate::plan::{Plan, Work};
 use crate::pool::{Stop, Team};
 use crate::prepare::Model;
-use crate::project::{Projection, Target};
+use crate::project::Projection;
 use crate::rope::Tables;
 
 /// Tokens of a long prompt that the last items of a matrix are cut into, so that threads finish together. Decoding weights again for each
@@ -278,7 +279,7 @@ impl Pass<'_> {
         let mut compute = |items, tokens| {
             let acts = |a| self.acts(acts, a);
             // SAFETY: the plan.
-            unsafe { projection.items_of(self.isa, items, tokens, acts, to, scratch) };
+            unsafe { projection.items_of(items, tokens, acts, to, scratch) };
         };
         let (items, cuts) = (projection.items(tokens), tokens.div_ceil(CUT));
         let last = if cuts > 1 {

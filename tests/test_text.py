@@ -229,7 +229,7 @@ def test_special_text_is_text_unless_asked(stories):
 
 
 def test_ids_outside_the_vocabulary(stories):
-    assert stories.decode([stories.vocab_size, 10**9]) == ""
+    assert stories.decode([stories.vocab_size, 10**9, 2**32 - 1, 2**32, 2**70]) == ""
     with pytest.raises(ValueError, match="-1 is negative"):
         stories.decode([-1])
 

@@ -20,6 +20,9 @@ from kbit.text.vocabulary import ControlToken, ControlTokens, Vocabulary, typed_
 if TYPE_CHECKING:
     from kbit.text.chat import Chat, ChatPrompt
 
+MAX_ID = 1 << 32
+"""What `tokenizers` takes as an id."""
+
 
 class Tokenizer:
     """Text to token ids and back. Safe to share between threads.
@@ -220,7 +223,8 @@ class Tokenizer:
         """How the vocabulary writes a token; None outside it."""
         if 0 <= token_id < len(self._tokens):
             return self._tokens[token_id]
-        return self._core.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        # Not by `vocab_size`, which makes a dict of all tokens: 30 MB and a tenth of a second where there are 128 k.
+        return self._core.id_to_token(token_id) if 0 <= token_id < MAX_ID else None
 
     def token_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary writes it; None if it is none."""

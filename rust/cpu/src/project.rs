@@ -177,7 +177,7 @@ impl Projection {
             // SAFETY: as the caller says; the scratch holds a row of these panels for each of `tokens`.
             unsafe {
                 part.matrix
-                    .run_into(acts(part.acts), tokens, panels, to, finish)
+                    .run_into(acts(part.acts), tokens, panels, to, finish);
             };
         };
         if let Some(gate) = gate {

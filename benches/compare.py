@@ -91,6 +91,14 @@ class Row:
         return self["beside"] * nbytes
 
 
+def warm(model: Path) -> None:
+    """Reads the file, or the files of the folder, as the system may have dropped them from its cache for others."""
+    for file in [model] if model.is_file() else model.iterdir():
+        with file.open("rb") as data:
+            while data.read(1 << 24):
+                pass
+
+
 @dataclass
 class Bench:
     """What all parts share: files, peers, and the rows, each measured once a round whoever shows it."""
@@ -144,6 +152,7 @@ class Bench:
         def measure(decode_only: bool) -> Measures:
             script = Path(__file__).with_name("ours.py")
             asked = "decode" if decode_only and what == "speed" else what
+            warm(model)
             ran = peers.run(sys.executable, script, model, str(self.threads), asked, str(time.time()),
                             timeout=self.timeout, env={"KBIT_ISA": isa})  # fmt: skip
             found = json.loads(ran.output.splitlines()[-1])
@@ -172,6 +181,7 @@ class Bench:
 
     def llama_start(self, kind: str) -> Measures:
         """A process of llama.cpp that only loads and reads 8 ids."""
+        warm(self.files[kind])
         return peers.llama_start(self.peer.native, self.files[kind], self.threads, self.timeout)
 
     def llama_deep(self, flash: str) -> Measures:
@@ -194,6 +204,7 @@ class Bench:
         def measure(decode_only: bool) -> Measures:
             what = "decode" if decode_only else "speed"
             file = self.files["Q4_K_M"]
+            warm(file)
             return peers.mistral(self.peer, file, self.threads, what, self.timeout, TURNS)
 
         return self.row("mistral.rs Q4_K_M", "Q4_K_M", measure, decodes=DECODES)

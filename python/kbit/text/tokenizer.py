@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kbit.text.chat import Chat, ChatPrompt
 
 MAX_ID = 1 << 32
-"""What `tokenizers` takes as an id."""
+"""Ids that `tokenizers` takes are below it."""
 
 
 class Tokenizer:

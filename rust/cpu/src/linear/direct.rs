@@ -62,20 +62,22 @@ pub(super) fn run<S: Simd>(
             }
         };
     }
+    macro_rules! wider {
+        ($D:ty) => {
+            match tile.padded {
+                8 if const { S::DIRECT >= 8 } => run!(Wide, $D, 1, 8),
+                16 if const { S::DIRECT >= 16 } => run!(Wide, $D, 1, 16),
+                _ => wide!($D),
+            }
+        };
+    }
     macro_rules! ladder {
         ($bits:literal, $block:expr) => {
-            match ($block, tile.padded) {
+            match $block {
+                16 => wide!(LadderDecode<S, $bits, 16>),
                 // More tokens only with the blocks that `quantize` makes.
-                (32, 8) if const { S::DIRECT >= 8 } => {
-                    run!(Wide, LadderDecode<S, $bits, 32>, 1, 8);
-                }
-                (32, 16) if const { S::DIRECT >= 16 } => {
-                    run!(Wide, LadderDecode<S, $bits, 32>, 1, 16);
-                }
-                // Of 4 tokens products are the limit.
-                (32, 1 | 2) if s.single::<$bits>() => wide!(LadderDecode<S, $bits, 32, true>),
-                (16, _) => wide!(LadderDecode<S, $bits, 16>),
-                (32, _) => wide!(LadderDecode<S, $bits, 32>),
+                32 if s.single::<$bits>() => wider!(LadderDecode<S, $bits, 32, true>),
+                32 => wider!(LadderDecode<S, $bits, 32>),
                 _ => wide!(LadderDecode<S, $bits, 64>),
             }
         };

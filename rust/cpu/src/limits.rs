@@ -152,9 +152,6 @@ impl SimdOp for Read<'_> {
     }
 }
 
-/// Independent accumulators, enough to hide the latency of the multiply.
-const CHAINS: usize = 8;
-
 /// Tokens and inputs of a product of tiles, which takes two panels: all of it stays in L1.
 const TOKENS: usize = 32;
 const INPUTS: usize = 256;
@@ -196,6 +193,30 @@ impl Multiply {
         s.end_products();
         self.rounds / PRODUCT * 2 * LANES * TOKENS * INPUTS * 2
     }
+
+    /// With so many independent sums, which hide the latency of the product as far as registers have room for them.
+    #[inline(always)]
+    fn registers<S: Simd, const CHAINS: usize>(&self, s: S) -> usize {
+        let weights = [1, 3].map(|w| s.weights(s.splat_bytes(w ^ S::BIAS)));
+        let four = [1u8; 8];
+        #[allow(unsafe_code, reason = "the trait's contract of 8 readable bytes")]
+        // SAFETY: `four` has 8 bytes.
+        let acts = [unsafe { s.acts(four.as_ptr()) }; 4];
+        let mut sums = [s.splat_i32(0); CHAINS];
+        for _ in 0..self.rounds {
+            // Where multiplying and adding are two instructions, a product known to be the same again would be made once.
+            let (weights, acts) = black_box((&weights, &acts));
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = s.dot(*sum, weights[i % 2], acts[i / 2 % 4]);
+            }
+        }
+        let mut all = s.splat_i32(0);
+        for sum in sums {
+            all = s.add_i32(all, sum);
+        }
+        black_box(s.reduce_add_i32(all));
+        self.rounds * CHAINS * LANES * 4 * 2
+    }
 }
 
 impl SimdOp for Multiply {
@@ -206,25 +227,11 @@ impl SimdOp for Multiply {
         if const { S::TILE == TOKENS } {
             return self.tiles(s);
         }
-        let weights = [1, 3].map(|w| s.weights(s.splat_bytes(w ^ S::BIAS)));
-        let four = [1u8; 8];
-        #[allow(unsafe_code, reason = "the trait's contract of 8 readable bytes")]
-        // SAFETY: `four` has 8 bytes.
-        let acts = [unsafe { s.acts(four.as_ptr()) }; CHAINS / 2];
-        let mut sums = [s.splat_i32(0); CHAINS];
-        for _ in 0..self.rounds {
-            // Where multiplying and adding are two instructions, a product known to be the same again would be made once.
-            let (weights, acts) = black_box((&weights, &acts));
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = s.dot(*sum, weights[i % 2], acts[i / 2]);
-            }
+        if const { S::DIRECT >= 16 } {
+            self.registers::<S, 16>(s)
+        } else {
+            self.registers::<S, 6>(s)
         }
-        let mut all = s.splat_i32(0);
-        for sum in sums {
-            all = s.add_i32(all, sum);
-        }
-        black_box(s.reduce_add_i32(all));
-        self.rounds * CHAINS * LANES * 4 * 2
     }
 }
 

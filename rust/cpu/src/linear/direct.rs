@@ -133,6 +133,8 @@ struct Job<'a> {
 
 /// Bytes between reading and asking: more than the second cache takes to fetch, little of it.
 pub(super) const AHEAD: usize = 8 << 10;
+/// Chunks between them, where those are more: wide codes are decoded faster.
+const CHUNKS_AHEAD: usize = 24;
 /// Bytes of a page as the hardware's prefetchers know it, in huge pages too.
 const SMALL_PAGE: usize = 4096;
 
@@ -159,8 +161,7 @@ impl Stream {
         let (ahead, asked) = if eight && Vendor::here() == Vendor::Amd {
             (SMALL_PAGE / 2, SMALL_PAGE / 8)
         } else {
-            // The fastest kernel, that of 7 bits, wants more.
-            (AHEAD.max(16 * bits * 128), SMALL_PAGE)
+            (AHEAD.max(CHUNKS_AHEAD * bits * 128), SMALL_PAGE)
         };
         Self {
             // The codes of a panel come after its scales: they too are asked for so far ahead.

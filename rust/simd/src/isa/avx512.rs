@@ -57,9 +57,9 @@ pub(crate) struct Rungs {
     parts: Parts,
 }
 
-/// Bytes of an index: those below 128 and the others, or, to look into one register at a time, those with bit 6 and with bit 7.
+/// Bytes of an index: those below 128 and the others, or, to look into one register at a time, those with bit 6, with bit 7 and with both.
 #[derive(Clone, Copy)]
-struct Parts(__mmask64, __mmask64);
+struct Parts(__mmask64, __mmask64, __mmask64);
 
 /// Whether codebook and ladder fit one table.
 const fn folds_by_table(level: u8, bits: usize) -> bool {
@@ -594,7 +594,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
 const ODD: __mmask64 = 0xaaaa_aaaa_aaaa_aaaa;
 
 impl Parts {
-    const NONE: Self = Self(0, 0);
+    const NONE: Self = Self(0, 0, 0);
 
     // In assembly, which stays where it is written: masks take long to make, and compilers put off what would be ready in time.
 
@@ -613,32 +613,34 @@ impl Parts {
                 options(nomem, nostack, preserves_flags),
             );
         }
-        Self(lower, upper)
+        Self(lower, upper, 0)
     }
 
     /// Bits 6 and 7 of an index.
     #[inline]
     #[target_feature(enable = "avx512bw")]
     fn quarters(index: __m512i) -> Self {
-        let (bit6, bit7);
+        let (bit6, bit7, both);
         unsafe {
             std::arch::asm!(
                 "vpmovb2m {bit7}, {index}",
                 "vpmovb2m {bit6}, {twice}",
+                "kandq {both}, {bit6}, {bit7}",
                 index = in(zmm_reg) index,
                 twice = in(zmm_reg) _mm512_add_epi8(index, index),
                 bit7 = out(kreg) bit7,
-                bit6 = lateout(kreg) bit6,
+                bit6 = out(kreg) bit6,
+                both = lateout(kreg) both,
                 options(nomem, nostack, preserves_flags),
             );
         }
-        Self(bit6, bit7)
+        Self(bit6, bit7, both)
     }
 }
 
 /// Two tables of 128. Each lookup writes its bytes over their indices, so that nothing is left to merge.
 #[inline(always)]
-fn lookup_256(t: &[__m512i; 16], index: __m512i, Parts(lower, upper): Parts) -> __m512i {
+fn lookup_256(t: &[__m512i; 16], index: __m512i, Parts(lower, upper, _): Parts) -> __m512i {
     // SAFETY: called with VBMI only.
     unsafe {
         let low = _mm512_mask2_permutex2var_epi8(t[0], index, lower, t[1]);
@@ -646,23 +648,48 @@ fn lookup_256(t: &[__m512i; 16], index: __m512i, Parts(lower, upper): Parts) -> 
     }
 }
 
-/// Two tables of 64, or with 4 bits four: each lookup writes over those before where it knows better.
-#[inline(always)]
+/// Two tables of 64, or with 4 bits four: each lookup writes over those before where it knows better. In assembly, which stays where it is written, so
+/// that weights are decoded beside the products of the vector before them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn lookup_single<const BITS: usize>(
     t: &[__m512i; 16],
     index: __m512i,
-    Parts(bit6, bit7): Parts,
+    Parts(bit6, bit7, both): Parts,
 ) -> __m512i {
-    // SAFETY: called with VBMI only.
+    let mut v;
     unsafe {
-        let v = _mm512_permutexvar_epi8(index, t[0]);
-        let v = _mm512_mask_permutexvar_epi8(v, bit6, index, t[1]);
         if BITS == 3 {
-            return v;
+            std::arch::asm!(
+                "vpermb {v}, {index}, {t0}",
+                "vpermb {v}{{{bit6}}}, {index}, {t1}",
+                v = out(zmm_reg) v,
+                index = in(zmm_reg) index,
+                t0 = in(zmm_reg) t[0],
+                t1 = in(zmm_reg) t[1],
+                bit6 = in(kreg) bit6,
+                options(nomem, nostack, preserves_flags),
+            );
+        } else {
+            std::arch::asm!(
+                "vpermb {v}, {index}, {t0}",
+                "vpermb {v}{{{bit6}}}, {index}, {t1}",
+                "vpermb {v}{{{bit7}}}, {index}, {t2}",
+                "vpermb {v}{{{both}}}, {index}, {t3}",
+                v = out(zmm_reg) v,
+                index = in(zmm_reg) index,
+                t0 = in(zmm_reg) t[0],
+                t1 = in(zmm_reg) t[1],
+                t2 = in(zmm_reg) t[2],
+                t3 = in(zmm_reg) t[3],
+                bit6 = in(kreg) bit6,
+                bit7 = in(kreg) bit7,
+                both = in(kreg) both,
+                options(nomem, nostack, preserves_flags),
+            );
         }
-        let v = _mm512_mask_permutexvar_epi8(v, bit7, index, t[2]);
-        _mm512_mask_permutexvar_epi8(v, bit6 & bit7, index, t[3])
     }
+    v
 }
 
 /// The upper bytes of 16-bit lanes: of `even` in even bytes, of `odd` in odd ones. In assembly for the same reason, as products wait for weights that are

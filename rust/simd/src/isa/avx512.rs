@@ -648,8 +648,7 @@ fn lookup_256(t: &[__m512i; 16], index: __m512i, Parts(lower, upper, _): Parts) 
     }
 }
 
-/// Two tables of 64, or with 4 bits four: each lookup writes over those before where it knows better. In assembly, which stays where it is written, so
-/// that weights are decoded beside the products of the vector before them.
+/// Two tables of 64, or with 4 bits four: each lookup writes over those before where it knows better.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn lookup_single<const BITS: usize>(
@@ -657,37 +656,28 @@ fn lookup_single<const BITS: usize>(
     index: __m512i,
     Parts(bit6, bit7, both): Parts,
 ) -> __m512i {
-    let mut v;
+    let v = _mm512_permutexvar_epi8(index, t[0]);
+    let v = lookup_over(v, bit6, index, t[1]);
+    if BITS == 3 {
+        return v;
+    }
+    let v = lookup_over(v, bit7, index, t[2]);
+    lookup_over(v, both, index, t[3])
+}
+
+/// `_mm512_mask_permutexvar_epi8` in assembly, which stays where it is written, so that weights are decoded beside the products of the vector before them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+fn lookup_over(mut v: __m512i, here: __mmask64, index: __m512i, table: __m512i) -> __m512i {
     unsafe {
-        if BITS == 3 {
-            std::arch::asm!(
-                "vpermb {v}, {index}, {t0}",
-                "vpermb {v}{{{bit6}}}, {index}, {t1}",
-                v = out(zmm_reg) v,
-                index = in(zmm_reg) index,
-                t0 = in(zmm_reg) t[0],
-                t1 = in(zmm_reg) t[1],
-                bit6 = in(kreg) bit6,
-                options(nomem, nostack, preserves_flags),
-            );
-        } else {
-            std::arch::asm!(
-                "vpermb {v}, {index}, {t0}",
-                "vpermb {v}{{{bit6}}}, {index}, {t1}",
-                "vpermb {v}{{{bit7}}}, {index}, {t2}",
-                "vpermb {v}{{{both}}}, {index}, {t3}",
-                v = out(zmm_reg) v,
-                index = in(zmm_reg) index,
-                t0 = in(zmm_reg) t[0],
-                t1 = in(zmm_reg) t[1],
-                t2 = in(zmm_reg) t[2],
-                t3 = in(zmm_reg) t[3],
-                bit6 = in(kreg) bit6,
-                bit7 = in(kreg) bit7,
-                both = in(kreg) both,
-                options(nomem, nostack, preserves_flags),
-            );
-        }
+        std::arch::asm!(
+            "vpermb {v}{{{here}}}, {index}, {table}",
+            v = inout(zmm_reg) v,
+            here = in(kreg) here,
+            index = in(zmm_reg) index,
+            table = in(zmm_reg) table,
+            options(nomem, nostack, preserves_flags),
+        );
     }
     v
 }

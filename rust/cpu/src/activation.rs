@@ -22,25 +22,7 @@ pub(crate) fn activate<S: Simd>(s: S, act: Activation, x: S::F32) -> S::F32 {
     }
 }
 
-/// Gate and up to one output, for the gated epilogues.
-#[inline(always)]
-pub(crate) fn gate<S: Simd>(s: S, epilogue: Epilogue, gate: S::F32, up: S::F32) -> S::F32 {
-    match epilogue {
-        Epilogue::GatedClamped { alpha, limit } => {
-            let (low, high, one) = (s.splat(-limit), s.splat(limit), s.splat(1.0));
-            let g = s.min(high, gate);
-            let u = s.min(high, s.max(low, up));
-            s.mul(
-                s.mul(g, math::sigmoid(s, s.mul(s.splat(alpha), g))),
-                s.add(u, one),
-            )
-        }
-        Epilogue::Gated(act) => s.mul(activate(s, act, gate), up),
-        _ => up,
-    }
-}
-
-/// `y` to an output whose old value is `old` (looked at by [`Epilogue::AddTo`] only).
+/// `y` to an output whose old value is `old`: what it is added to, or the gate of a gated epilogue.
 #[inline(always)]
 pub(crate) fn finish<S: Simd>(
     s: S,
@@ -49,10 +31,20 @@ pub(crate) fn finish<S: Simd>(
     old: impl FnOnce() -> S::F32,
 ) -> S::F32 {
     match epilogue {
+        Epilogue::Store => y,
         Epilogue::Act(act) => activate(s, act, y),
+        Epilogue::Gated(act) => s.mul(activate(s, act, old()), y),
+        Epilogue::GatedClamped { alpha, limit } => {
+            let (low, high, one) = (s.splat(-limit), s.splat(limit), s.splat(1.0));
+            let g = s.min(high, old());
+            let u = s.min(high, s.max(low, y));
+            s.mul(
+                s.mul(g, math::sigmoid(s, s.mul(s.splat(alpha), g))),
+                s.add(u, one),
+            )
+        }
         Epilogue::AddTo { scale: 1.0 } => s.add(old(), y),
         Epilogue::AddTo { scale } => s.add(old(), s.mul(s.splat(scale), y)),
-        _ => y,
     }
 }
 

@@ -290,8 +290,37 @@ impl Acts {
     /// # Safety
     /// As [`fill`](Self::fill), where no two threads fill one piece at a time.
     pub unsafe fn fill_pieces(&self, x: *const f32, stride: usize, pieces: Range<usize>) {
+        let (acts, supers) = (self, self.supers());
         let pieces = pieces.start..pieces.end.min(self.pieces());
+        let pieces = pieces.map(|piece| (piece / supers, piece % supers));
+        dispatch(
+            self.isa,
+            Fill {
+                acts,
+                x,
+                stride,
+                pieces,
+            },
+        );
+    }
+
+    /// Converts the 256 inputs of super-block `sup` of some tokens, whole tiles, in the order given: input i of row t is at `x + t * stride + i`.
+    ///
+    /// # Panics
+    /// When these are not whole tiles, or the input is permuted.
+    ///
+    /// # Safety
+    /// As [`fill_pieces`](Self::fill_pieces), where only these inputs of these rows need to be readable.
+    pub(crate) unsafe fn fill_super(
+        &self,
+        x: *const f32,
+        stride: usize,
+        sup: usize,
+        tokens: Range<usize>,
+    ) {
+        assert!(self.input.permutation.is_none(), "inputs in their order");
         let acts = self;
+        let pieces = self.tiles_of(tokens).map(|tile| (tile, sup));
         dispatch(
             self.isa,
             Fill {
@@ -362,14 +391,15 @@ impl SimdOp for ShapeOf {
     }
 }
 
-struct Fill<'a> {
+struct Fill<'a, I> {
     acts: &'a Acts,
     x: *const f32,
     stride: usize,
-    pieces: Range<usize>,
+    /// Tiles and super-blocks.
+    pieces: I,
 }
 
-impl SimdOp for Fill<'_> {
+impl<I: Iterator<Item = (usize, usize)>> SimdOp for Fill<'_, I> {
     type Output = ();
     const TILES: bool = true;
     #[inline(always)]
@@ -377,24 +407,25 @@ impl SimdOp for Fill<'_> {
         let a = self.acts;
         let n = a.input.inputs;
         let mut gathered = [0.0; SUPER];
-        for piece in self.pieces {
-            let (index, sup) = (piece / a.supers(), piece % a.supers());
+        for (index, sup) in self.pieces {
             let tile = a.tile(index);
             let inputs = sup * SUPER..n.min((sup + 1) * SUPER);
             for token in 0..tile.padded {
                 let mut block = &[][..];
                 if token < tile.tokens {
-                    // SAFETY: rows below `tokens` are readable and `n` long, as the caller of `fill` says.
-                    let row = unsafe {
-                        let token = index * a.shape.tile + token;
-                        std::slice::from_raw_parts(self.x.wrapping_add(token * self.stride), n)
-                    };
-                    block = &row[inputs.clone()];
+                    let token = index * a.shape.tile + token;
+                    let row = self.x.wrapping_add(token * self.stride);
                     if let Some(p) = &a.input.permutation {
+                        // SAFETY: rows below `tokens` are readable and `n` long, as the caller of `fill` says.
+                        let row = unsafe { std::slice::from_raw_parts(row, n) };
                         for (to, &from) in gathered.iter_mut().zip(&p[inputs.clone()]) {
                             *to = row[from as usize];
                         }
                         block = &gathered[..inputs.len()];
+                    } else {
+                        let row = row.wrapping_add(inputs.start);
+                        // SAFETY: as above; these inputs at least.
+                        block = unsafe { std::slice::from_raw_parts(row, inputs.len()) };
                     }
                 }
                 // SAFETY: the tile has room for `padded` tokens; the caller of `fill` gives the piece to this thread alone.

@@ -7,6 +7,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use kbit_tensor::program::Epilogue;
+
+use crate::acts::{Form, Input};
 use crate::op::{AddOp, AttentionOp, EmbedOp, ExpertsOp, HeadOp, HiddenOp, LinearOp, NormOp, Op};
 use crate::prepare::Model;
 
@@ -23,14 +26,19 @@ pub(crate) enum Work {
     OwnNorm(Arc<NormOp>),
     /// Names the layout of shared activations (of that number) anew, on one thread.
     Shape(usize),
-    /// Fills shared activations (of that number).
-    Fill(usize),
+    /// Fills shared activations (of that number), unless the operation before did that already.
+    Fill {
+        acts: usize,
+        /// Whether that is a projection which may, where nothing else reads its outputs.
+        made: bool,
+    },
     /// Fills this thread's own activations (of that number) from its own rows or from shared ones.
     OwnFill {
         acts: usize,
         own: bool,
     },
-    Linear(Arc<LinearOp>),
+    /// Into its buffer, or straight into shared activations (of that number).
+    Linear(Arc<LinearOp>, Option<usize>),
     /// Rotates and appends.
     Rotate(Arc<AttentionOp>),
     Attend(Arc<AttentionOp>),
@@ -117,6 +125,8 @@ struct Planner<'a> {
     loops: usize,
     /// Activations (own or shared) that hold the present rows of their buffer.
     filled: Vec<bool>,
+    /// What the last projection may have filled.
+    makes: Option<usize>,
     /// Buffers whose present rows every thread has made for itself.
     own: Vec<bool>,
     /// Which activations a memory is laid out for.
@@ -133,6 +143,7 @@ impl<'a> Planner<'a> {
             written: BTreeSet::new(),
             loops: 0,
             filled: vec![false; model.acts.len()],
+            makes: None,
             own: vec![false; model.widths.len()],
             shaped: vec![None; model.memories],
         }
@@ -155,7 +166,7 @@ impl<'a> Planner<'a> {
             Op::Embed(op) => self.push(Work::Embed(op.clone()), &[], &[Buffer(op.out)]),
             Op::Norm(op) => {
                 let (x, out) = (Buffer(op.x), Buffer(op.out));
-                let own = self.few && self.read_by_matrices_only(at, op.out);
+                let own = self.few && self.read_by_matrices(at, op.out).is_some();
                 if own {
                     self.push(Work::OwnNorm(op.clone()), &[x], &[]);
                 } else {
@@ -169,8 +180,12 @@ impl<'a> Planner<'a> {
                 for part in &op.projection.parts {
                     read.extend(self.fill(part.acts, op.x));
                 }
-                self.push(Work::Linear(op.clone()), &read, &[Buffer(op.out)]);
                 self.changed(op.out);
+                let makes = self.makes(at, op).filter(|_| !self.few);
+                let mut written = vec![Buffer(op.out)];
+                written.extend(makes.map(|acts| self.shape(acts)));
+                self.push(Work::Linear(op.clone(), makes), &read, &written);
+                self.makes = makes;
             }
             Op::Attention(op) => {
                 let (qkv, out) = (Buffer(op.qkv), Buffer(op.out));
@@ -239,19 +254,23 @@ impl<'a> Planner<'a> {
             return Vec::new();
         }
         if !std::mem::replace(&mut self.filled[acts], true) {
-            // Before a pass the memory is laid out for the first that uses it.
-            if self.shaped[memory].is_some_and(|shaped| shaped != acts) {
-                self.push(Work::Shape(acts), &[], &[Thing::Acts(memory)]);
-            }
-            self.shaped[memory] = Some(acts);
-            self.push(
-                Work::Fill(acts),
-                &[Thing::Buffer(x)],
-                &[Thing::Acts(memory)],
-            );
+            let memory = self.shape(acts);
+            let made = self.makes == Some(acts);
+            self.push(Work::Fill { acts, made }, &[Thing::Buffer(x)], &[memory]);
             self.others_lost(acts);
         }
         vec![Thing::Acts(memory)]
+    }
+
+    /// Lays the memory of shared activations out for them.
+    fn shape(&mut self, acts: usize) -> Thing {
+        let memory = self.model.acts[acts].memory;
+        // Before a pass the memory is laid out for the first that uses it.
+        if self.shaped[memory].is_some_and(|shaped| shaped != acts) {
+            self.push(Work::Shape(acts), &[], &[Thing::Acts(memory)]);
+        }
+        self.shaped[memory] = Some(acts);
+        Thing::Acts(memory)
     }
 
     /// Activations that shared their memory with `acts` are overwritten.
@@ -272,33 +291,50 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Whether nothing but matrices reads what operation `at` writes to `buffer`.
-    fn read_by_matrices_only(&self, at: usize, buffer: usize) -> bool {
+    /// Which activations matrices make of what operation `at` writes to `buffer`; nothing where something else reads that.
+    fn read_by_matrices(&self, at: usize, buffer: usize) -> Option<BTreeSet<usize>> {
+        let mut acts = BTreeSet::new();
         for op in &self.model.ops[at + 1..] {
             let (other_reads, writes) = match op {
                 Op::Embed(op) => (false, op.out == buffer),
                 Op::Norm(op) => (op.x == buffer, op.out == buffer),
                 Op::Linear(op) => {
-                    let adds = matches!(
-                        op.projection.epilogue,
-                        kbit_tensor::program::Epilogue::AddTo { .. }
-                    );
+                    if op.x == buffer {
+                        acts.extend(op.projection.parts.iter().map(|part| part.acts));
+                    }
+                    let adds = matches!(op.projection.epilogue, Epilogue::AddTo { .. });
                     (adds && op.out == buffer, op.out == buffer)
                 }
                 Op::Attention(op) => (op.qkv == buffer, op.out == buffer),
                 Op::Add(op) => (op.x == buffer || op.into == buffer, false),
                 // Experts gather rows of x from the shared buffer.
                 Op::Experts(op) => (op.x == buffer || op.into == buffer, false),
-                Op::Hidden(_) | Op::Head(_) => (false, false),
+                // With few tokens nobody wants hidden states, and the head takes a thread's own rows.
+                Op::Hidden(op) => (op.x == buffer && !self.few, false),
+                Op::Head(op) => (op.x == buffer && !self.few, false),
             };
             if other_reads {
-                return false;
+                return None;
             }
             if writes {
-                return true;
+                break;
             }
         }
-        true
+        Some(acts)
+    }
+
+    /// The only form in which anything reads the outputs of projection `at`, if it can be made 256 outputs at a time.
+    fn makes(&self, at: usize, op: &LinearOp) -> Option<usize> {
+        let acts = self.read_by_matrices(at, op.out)?;
+        let (Some(&only), 1) = (acts.first(), acts.len()) else {
+            return None;
+        };
+        let Input {
+            form, permutation, ..
+        } = &self.model.acts[only].input;
+        let int8 = matches!(form, Form::Int8 { .. });
+        let adds = matches!(op.projection.epilogue, Epilogue::AddTo { .. });
+        (int8 && permutation.is_none() && !adds && op.projection.columns() == 1).then_some(only)
     }
 
     fn push(&mut self, work: Work, reads: &[Thing], writes: &[Thing]) {
@@ -307,7 +343,7 @@ impl<'a> Planner<'a> {
                 .iter()
                 .any(|t| self.written.contains(t) || self.read.contains(t));
         // The last items of a matrix are a loop of their own.
-        let loops = 1 + usize::from(matches!(work, Work::Linear(_)));
+        let loops = 1 + usize::from(matches!(work, Work::Linear(..)));
         let barrier = conflict || self.loops + loops > crate::pool::LOOPS;
         if barrier {
             self.read.clear();
@@ -329,15 +365,14 @@ fn shared(from: &Thing, own: bool) -> &[Thing] {
 #[cfg(test)]
 mod tests {
     use kbit_tensor::program::{
-        Activations, Buffer, BufferId, CacheLayer, Epilogue, Linear, Norm, NormKind, Op, Program,
-        WeightId,
+        Activations, Buffer, BufferId, CacheLayer, Linear, Norm, NormKind, Op, Program, WeightId,
     };
-    use kbit_tensor::{Tensor, Weight};
+    use kbit_tensor::{QuantizeOptions, Tensor, Weight, quantize};
 
     use super::*;
 
-    /// Barriers of both plans for a llama of `layers` layers.
-    fn barriers(layers: usize) -> (usize, usize) {
+    /// Both plans for a llama of `layers` layers.
+    fn plans(layers: usize, weights: &[Weight]) -> (Plan, Plan) {
         let buffer = |width: usize| Buffer {
             name: String::new(),
             width,
@@ -423,19 +458,50 @@ mod tests {
                 },
             ]);
         }
-        let weights = [[16, 16], [48, 16], [16, 48]].map(|shape| {
-            let zeros = Tensor::from_f32(&shape, &vec![0.0; shape[0] * shape[1]]);
-            Weight::Dense(zeros.expect("room"))
-        });
-        let model = Model::new(&program, &weights, Activations::Int8).expect("binds");
-        (Plan::few(&model).barriers(), Plan::many(&model).barriers())
+        let model = Model::new(&program, weights, Activations::Int8).expect("binds");
+        (Plan::few(&model), Plan::many(&model))
     }
+
+    const SHAPES: [[usize; 2]; 3] = [[16, 16], [48, 16], [16, 48]];
 
     /// Decoding meets where all read what each wrote a part of: the stream twice, qkv, heads and inner rows.
     #[test]
     fn few_barriers_a_layer() {
+        let weights = SHAPES.map(|shape| {
+            let zeros = Tensor::from_f32(&shape, &vec![0.0; shape[0] * shape[1]]);
+            Weight::Dense(zeros.expect("room"))
+        });
+        let barriers = |layers| {
+            let (few, many) = plans(layers, &weights);
+            (few.barriers(), many.barriers())
+        };
         let ((few, many), (few_more, many_more)) = (barriers(1), barriers(3));
         assert_eq!(few_more - few, 2 * 5);
         assert_eq!(many_more - many, 2 * 12);
+    }
+
+    /// Inner rows, which nothing but k-bit matrices reads, may become activations at once; attention and norms read the others.
+    #[test]
+    fn makes_activations_of_inner_rows() {
+        let weights = SHAPES.map(|[rows, inputs]| {
+            let (zeros, options) = (vec![0.0; rows * inputs], QuantizeOptions::new(4));
+            Weight::Quantised(quantize(&zeros, rows, inputs, &options).expect("quantises"))
+        });
+        let (few, many) = plans(3, &weights);
+        let made = |plan: &Plan| {
+            let works = plan.steps.iter().map(|step| &step.work);
+            let linear = works.clone().filter_map(|work| match work {
+                Work::Linear(_, makes) => *makes,
+                _ => None,
+            });
+            let fill = works.filter_map(|work| match work {
+                Work::Fill { acts, made } => made.then_some(*acts),
+                _ => None,
+            });
+            (linear.collect::<Vec<_>>(), fill.collect::<Vec<_>>())
+        };
+        let (linear, fill) = made(&many);
+        assert_eq!((linear.len(), &linear), (3, &fill));
+        assert_eq!(made(&few), (vec![], vec![]));
     }
 }

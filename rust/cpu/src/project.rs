@@ -52,7 +52,7 @@ impl Projection {
     }
 
     /// Parts that give outputs side by side: a gate and its up matrix count as one.
-    fn columns(&self) -> usize {
+    pub(crate) fn columns(&self) -> usize {
         if is_gated(self.epilogue) {
             1
         } else {
@@ -64,6 +64,11 @@ impl Projection {
     pub(crate) fn items(&self, tokens: usize) -> usize {
         let items = |p: usize| self.parts[p].matrix.panels().div_ceil(Self::group(tokens));
         (0..self.columns()).map(items).sum()
+    }
+
+    /// Items of so many output columns, a multiple of those of an item.
+    pub(crate) fn items_of_columns(&self, columns: usize, tokens: usize) -> usize {
+        columns / ROWS / Self::group(tokens)
     }
 
     /// How many items a thread should take at a time, least and most.
@@ -116,7 +121,7 @@ impl Projection {
             .unwrap_or(0..0)
     }
 
-    /// Computes a run of items for some tokens, whole tiles of the activations.
+    /// Computes a run of items for some tokens, whole tiles of the activations. A gate's outputs lie where those of both then do.
     ///
     /// # Safety
     /// `acts` gives filled activations of the same number of tokens; `to` has a row of all outputs for each, of which no
@@ -127,13 +132,12 @@ impl Projection {
         tokens: Range<usize>,
         acts: impl Fn(usize) -> &'a Acts,
         to: Target,
-        scratch: &mut Vec<f32>,
     ) {
         let all = acts(self.parts[0].acts).tokens();
         for (part, panels, column) in self.pieces(items, all) {
             let tokens = tokens.clone();
             // SAFETY: as the caller says.
-            unsafe { self.panels(part, panels, column, tokens, &acts, to, scratch) };
+            unsafe { self.panels(part, panels, column, tokens, &acts, to) };
         }
     }
 
@@ -149,44 +153,28 @@ impl Projection {
         tokens: Range<usize>,
         acts: &impl Fn(usize) -> &'a Acts,
         to: Target,
-        scratch: &mut Vec<f32>,
     ) {
-        let gated = is_gated(self.epilogue);
-        let gate = gated.then(|| {
-            let (begin, width) = (panels.start * ROWS, panels.len() * ROWS);
-            let size = tokens.len() * width;
-            // Not made shorter, as growing it again would write zeros.
-            if scratch.len() < size {
-                scratch.resize(size, 0.0);
-            }
-            // Kernels write at numbers of tokens and features.
-            let before = tokens.start * width + begin;
-            Target {
-                at: scratch.as_mut_ptr().wrapping_sub(before),
-                stride: width,
-            }
-        });
-        let compute = |part: usize, to: Target, epilogue: Epilogue, gate: Option<Target>| {
+        let to = Target {
+            at: to.at.wrapping_add(column),
+            stride: to.stride,
+        };
+        let compute = |part: usize, epilogue: Epilogue| {
             let part = &self.parts[part];
             let finish = Finish {
                 epilogue,
                 bias: part.bias.as_deref(),
-                gate,
             };
             let (tokens, panels) = (tokens.clone(), panels.clone());
-            // SAFETY: as the caller says; the scratch holds a row of these panels for each of `tokens`.
+            // SAFETY: as the caller says.
             unsafe {
                 part.matrix
                     .run_into(acts(part.acts), tokens, panels, to, finish);
             };
         };
-        if let Some(gate) = gate {
-            compute(first, gate, Epilogue::Store, None);
+        let gated = is_gated(self.epilogue);
+        if gated {
+            compute(first, Epilogue::Store);
         }
-        let to = Target {
-            at: to.at.wrapping_add(column),
-            stride: to.stride,
-        };
-        compute(first + usize::from(gated), to, self.epilogue, gate);
+        compute(first + usize::from(gated), self.epilogue);
     }
 }

@@ -413,6 +413,45 @@ fn long_prompts() {
     }
 }
 
+/// Where inner rows are wide and tokens many, their activations are made without them, also of a last part of 256.
+#[test]
+fn wide_inner_rows() {
+    let plain = json!({"mlp": "plain", "hidden_act": "gelu", "intermediate_size": 1100});
+    let extra = ["layer.mlp.gate.bias", "layer.mlp.up.bias"];
+    for model in [
+        model(
+            "wide, gated",
+            with(json!({"intermediate_size": 1100})),
+            &extra,
+            |_| Some(4),
+        ),
+        model("wide, plain", with(plain), &extra[1..], |_| Some(7)),
+    ] {
+        let ids = ids(401, 8);
+        let options = |threads| Options {
+            threads,
+            cache_bytes: 1 << 30,
+            ..Options::default()
+        };
+        let mut reference = Reference
+            .prepare(model.program.clone(), model.weights.clone(), options(1))
+            .expect("prepares");
+        let expected = logits(&mut *reference, &ids, ids.len());
+        for isa in instruction_sets() {
+            for threads in [1, 3, 4] {
+                let mut runner = on(&model, isa, options(threads));
+                for chunk in [ids.len(), 193] {
+                    assert!(
+                        logits(&mut *runner, &ids, chunk) == expected,
+                        "{}: {threads} threads, {isa}, chunks of {chunk}",
+                        model.name
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// After many steps of one token the rows of prompts are given back; nothing is different then or later.
 #[test]
 fn rows_given_back_do_not_matter() {

@@ -191,10 +191,10 @@ impl Matrix {
     /// [`Matrix::run`] with an epilogue: each output finished and stored while it is at hand.
     ///
     /// # Panics
-    /// As there, and when `finish` does not fit its epilogue or the matrix.
+    /// As there, and when `finish` does not fit the matrix.
     ///
     /// # Safety
-    /// As there. What the epilogue adds to, and the gate, were written before at the same places.
+    /// As there. What the epilogue adds to, or the gate, was written before at the same places.
     pub(crate) unsafe fn run_into(
         &self,
         acts: &Acts,

@@ -4,7 +4,7 @@ use kbit_simd::{LANES, Simd, SimdOp};
 use kbit_tensor::ROWS;
 use kbit_tensor::program::Epilogue;
 
-use crate::activation::{finish, gate, is_gated};
+use crate::activation::finish;
 use crate::norm::{load, store};
 
 /// Rows of outputs: row t starts at `at + t * stride`, and `at` may lie before the memory whose rows or columns begin later.
@@ -33,8 +33,6 @@ pub(crate) struct Finish<'a> {
     pub(crate) epilogue: Epilogue,
     /// (`out_features`,).
     pub(crate) bias: Option<&'a [f32]>,
-    /// What the gate gave at the same places, for the gated epilogues.
-    pub(crate) gate: Option<Target>,
 }
 
 impl Finish<'_> {
@@ -42,7 +40,6 @@ impl Finish<'_> {
     pub(crate) const STORE: Self = Self {
         epilogue: Epilogue::Store,
         bias: None,
-        gate: None,
     };
 }
 
@@ -57,12 +54,6 @@ pub(super) struct Out<'a> {
 impl<'a> Out<'a> {
     /// Of a matrix of so many rows.
     pub(super) fn new(to: Target, rows: usize, finish: Finish<'a>) -> Self {
-        assert_eq!(
-            is_gated(finish.epilogue),
-            finish.gate.is_some(),
-            "{:?} and its gate",
-            finish.epilogue
-        );
         let bias = finish.bias.map_or(rows, <[f32]>::len);
         assert_eq!(bias, rows, "a bias for each row");
         Self { to, rows, finish }
@@ -116,25 +107,14 @@ impl<S: Simd> SimdOp for Put<'_, S> {
             n,
             y,
         } = self;
-        let Finish {
-            epilogue,
-            bias,
-            gate: other,
-        } = out.finish;
+        let Finish { epilogue, bias } = out.finish;
         let bias = bias.map(|bias| load(s, &bias[panel * ROWS..panel * ROWS + n]));
         for (token, &y) in y.iter().enumerate() {
             let token = first + token;
             let y = bias.map_or(y, |bias| s.add(y, bias));
-            // SAFETY: `Matrix::run` has these places to itself; the gate was written for them.
-            let (to, other) = unsafe {
-                let other = other.map(|other| &*other.part(token, panel, n));
-                (out.to.part(token, panel, n), other)
-            };
-            let y = match other {
-                Some(other) => gate(s, epilogue, load(s, other), y),
-                None => finish(s, epilogue, y, || load(s, to)),
-            };
-            store(s, y, to);
+            // SAFETY: `Matrix::run` has these places to itself.
+            let to = unsafe { out.to.part(token, panel, n) };
+            store(s, finish(s, epilogue, y, || load(s, to)), to);
         }
     }
 }

@@ -35,7 +35,7 @@ impl<'a> Ahead<'a> {
         let steps = pass.plan.steps[from..].iter();
         let next = steps.enumerate().find_map(|(i, step)| {
             let reads = match &step.work {
-                Work::Linear(op) => Some((&op.projection, pass.ids.len())),
+                Work::Linear(op, _) => Some((&op.projection, pass.ids.len())),
                 Work::Head(op) => Some((&op.head.projection, pass.rows.len())),
                 // Which experts is not known before; what comes after them would be out of the cache again by then.
                 Work::Experts(..) => None,

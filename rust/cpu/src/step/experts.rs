@@ -21,7 +21,7 @@ impl Pass<'_> {
     ) -> Result<()> {
         let (m, mixture) = (self.model, &op.experts);
         match part {
-            ExpertsPart::Router => self.project(&mixture.router, m.router, team, own),
+            ExpertsPart::Router => self.project(&mixture.router, m.router, team, &own.acts),
             ExpertsPart::Route => {
                 // SAFETY: the plan.
                 own.routes
@@ -99,9 +99,7 @@ impl Pass<'_> {
         own: &mut Own,
     ) {
         let out = self.buffer(out);
-        let Own {
-            routes, scratch, ..
-        } = own;
+        let routes = &own.routes;
         let active = || {
             routes.active().map(|(e, slots)| {
                 let projection = projection(&mixture.members[e]);
@@ -135,7 +133,7 @@ impl Pass<'_> {
                     let items = here.start - first..here.end - first;
                     // SAFETY: as above.
                     unsafe {
-                        projection.items_of(items, 0..slots.len(), acts, to, scratch);
+                        projection.items_of(items, 0..slots.len(), acts, to);
                     };
                 }
                 if run.end < first + items {

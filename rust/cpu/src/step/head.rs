@@ -47,12 +47,7 @@ impl Pass<'_> {
         }
         let part = &head.projection.parts[0];
         let vocab = part.matrix.rows();
-        let Own {
-            acts,
-            scratch,
-            best,
-            ..
-        } = own;
+        let Own { acts, best, .. } = own;
         let mut rows: Vec<f32> = Vec::new();
         let projection = &head.projection;
         let (items, sizes) = (projection.items(n), projection.runs(self.isa, n));
@@ -66,7 +61,7 @@ impl Pass<'_> {
             // SAFETY: `rows` has a row of the run's columns for every token; the plan.
             unsafe {
                 let acts = |a| self.acts(acts, a);
-                projection.items_of(run, 0..n, acts, to, scratch);
+                projection.items_of(run, 0..n, acts, to);
             };
             for (r, (logits, best)) in rows
                 .chunks_exact_mut(ids.len())

@@ -9,13 +9,14 @@ mod ahead;
 mod experts;
 mod head;
 
+use std::ops::{Range, RangeInclusive};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 
 use ahead::Ahead;
 use kbit_simd::{Isa, dispatch};
 use kbit_tensor::program::CacheType;
-use kbit_tensor::{Error, Result};
+use kbit_tensor::{Error, Result, SUPER};
 
 use crate::acts::{Acts, WHOLE_TILES};
 use crate::attention::{self, Shared, View};
@@ -42,6 +43,8 @@ pub(crate) struct Own {
     rows: Vec<Vec<f32>>,
     acts: Vec<Acts>,
     scratch: Vec<f32>,
+    /// Outputs of a super-block that become activations at once.
+    outputs: Vec<f32>,
     attention: attention::Scratch,
     routes: Routes,
     /// Best logit of each row so far.
@@ -56,6 +59,7 @@ impl Own {
                 .map(|_| Acts::new())
                 .collect::<Result<_>>()?,
             scratch: Vec::new(),
+            outputs: Vec::new(),
             attention: attention::Scratch::default(),
             routes: Routes::default(),
             best: Vec::new(),
@@ -135,9 +139,12 @@ impl Pass<'_> {
         own.best.resize(self.rows.len(), Best::NONE);
         let mut ahead = Ahead::NOTHING;
         for (number, step) in self.plan.steps.iter().enumerate() {
-            if self.on_the_fly && matches!(step.work, Work::Rotate(_)) {
+            match step.work {
                 // Attention does it, behind a barrier of its own.
-                continue;
+                Work::Rotate(_) if self.on_the_fly => continue,
+                // The projection before did it; who reads it waits at a barrier of its own.
+                Work::Fill { acts, made: true } if self.makes(acts, team) => continue,
+                _ => {}
             }
             if step.barrier {
                 ahead.aim(self, number, team);
@@ -160,12 +167,15 @@ impl Pass<'_> {
             Work::Norm(op) => self.norm(op, team),
             Work::OwnNorm(op) => self.own_norm(op, own),
             Work::Shape(acts) => return self.shape(*acts, team),
-            Work::Fill(acts) => self.fill(*acts, team),
+            Work::Fill { acts, .. } => self.fill(*acts, team),
             Work::OwnFill {
                 acts,
                 own: from_own,
             } => return self.own_fill(*acts, *from_own, own),
-            Work::Linear(op) => self.project(&op.projection, op.out, team, own),
+            Work::Linear(op, Some(acts)) if self.makes(*acts, team) => {
+                self.project_and_fill(&op.projection, *acts, team, own);
+            }
+            Work::Linear(op, _) => self.project(&op.projection, op.out, team, &own.acts),
             Work::Rotate(op) => self.rotate(op, team),
             Work::Attend(op) => return self.attend(op, team, &mut own.attention),
             Work::Add(op) => self.add(*op, team),
@@ -272,27 +282,58 @@ impl Pass<'_> {
     }
 
     /// A projection of shared rows or of rows that every thread has for itself.
-    fn project(&self, projection: &Projection, out: usize, team: &Team<'_>, own: &mut Own) {
+    fn project(&self, projection: &Projection, out: usize, team: &Team<'_>, own: &[Acts]) {
         let to = target(self.buffer(out));
-        let Own { acts, scratch, .. } = own;
         let tokens = self.ids.len();
-        let mut compute = |items, tokens| {
-            let acts = |a| self.acts(acts, a);
+        let (items, runs) = (projection.items(tokens), projection.runs(self.isa, tokens));
+        shared_out(team, items, runs, tokens, |items, tokens| {
+            let acts = |a| self.acts(own, a);
             // SAFETY: the plan.
-            unsafe { projection.items_of(items, tokens, acts, to, scratch) };
-        };
-        let (items, cuts) = (projection.items(tokens), tokens.div_ceil(CUT));
-        let last = if cuts > 1 {
-            items.min(team.threads())
-        } else {
-            0
-        };
-        team.for_runs(items - last, projection.runs(self.isa, tokens), |run| {
-            compute(run, 0..tokens);
+            unsafe { projection.items_of(items, tokens, acts, to) };
         });
-        team.for_each(last * cuts, |i| {
-            let (item, from) = (items - last + i / cuts, i % cuts * CUT);
-            compute(item..item + 1, from..tokens.min(from + CUT));
+    }
+
+    /// Whether projections make activations `acts` here instead of rows: where 256 outputs at a time are still enough items for threads to finish
+    /// together.
+    fn makes(&self, acts: usize, team: &Team<'_>) -> bool {
+        let supers = self.model.acts[acts].input.inputs.div_ceil(SUPER);
+        let cuts = self.ids.len().div_ceil(CUT);
+        cuts > 1 && supers * cuts >= 4 * team.threads()
+    }
+
+    /// A projection whose outputs become activations 256 at a time, while they are in the cache, and are not kept.
+    fn project_and_fill(
+        &self,
+        projection: &Projection,
+        fill: usize,
+        team: &Team<'_>,
+        own: &mut Own,
+    ) {
+        let Own { acts, outputs, .. } = own;
+        let all = self.ids.len();
+        // SAFETY: the plan.
+        let filled = unsafe { self.memory.acts.get(self.model.acts[fill].memory) };
+        let (items, runs) = (projection.items(all), projection.runs(self.isa, all));
+        let each = projection.items_of_columns(SUPER, all);
+        shared_out(team, filled.supers(), 1..=1, all, |supers, tokens| {
+            outputs.resize(outputs.len().max(tokens.len() * SUPER), 0.0);
+            for sup in supers {
+                let to = Target {
+                    at: outputs
+                        .as_mut_ptr()
+                        .wrapping_sub((tokens.start + sup) * SUPER),
+                    stride: SUPER,
+                };
+                let here = sup * each..items.min((sup + 1) * each);
+                for first in here.clone().step_by(*runs.end()) {
+                    let run = first..here.end.min(first + runs.end());
+                    let acts = |a| self.acts(acts, a);
+                    // SAFETY: the plan; the outputs are of this super-block and these tokens.
+                    unsafe { projection.items_of(run, tokens.clone(), acts, to) };
+                }
+                // SAFETY: the plan; these outputs were just written.
+                unsafe { filled.fill_super(to.at, SUPER, sup, tokens.clone()) };
+            }
         });
     }
 
@@ -366,6 +407,27 @@ impl Pass<'_> {
             to.copy_from_slice(unsafe { self.buffer(op.x).row(t) });
         });
     }
+}
+
+/// Shares the items of a matrix, in runs of so many, among the threads; the last ones are cut into parts of the tokens.
+fn shared_out(
+    team: &Team<'_>,
+    items: usize,
+    runs: RangeInclusive<usize>,
+    tokens: usize,
+    mut compute: impl FnMut(Range<usize>, Range<usize>),
+) {
+    let cuts = tokens.div_ceil(CUT);
+    let last = if cuts > 1 {
+        items.min(team.threads())
+    } else {
+        0
+    };
+    team.for_runs(items - last, runs, |run| compute(run, 0..tokens));
+    team.for_each(last * cuts, |i| {
+        let (item, from) = (items - last + i / cuts, i % cuts * CUT);
+        compute(item..item + 1, from..tokens.min(from + CUT));
+    });
 }
 
 fn target(rows: &Rows) -> Target {

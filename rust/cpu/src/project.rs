@@ -67,7 +67,7 @@ impl Projection {
     }
 
     /// Items of so many output columns, a multiple of those of an item.
-    pub(crate) fn items_of_columns(&self, columns: usize, tokens: usize) -> usize {
+    pub(crate) fn items_of_columns(columns: usize, tokens: usize) -> usize {
         columns / ROWS / Self::group(tokens)
     }
 

@@ -314,7 +314,7 @@ impl Pass<'_> {
         // SAFETY: the plan.
         let filled = unsafe { self.memory.acts.get(self.model.acts[fill].memory) };
         let (items, runs) = (projection.items(all), projection.runs(self.isa, all));
-        let each = projection.items_of_columns(SUPER, all);
+        let each = Projection::items_of_columns(SUPER, all);
         shared_out(team, filled.supers(), 1..=1, all, |supers, tokens| {
             outputs.resize(outputs.len().max(tokens.len() * SUPER), 0.0);
             for sup in supers {

@@ -334,7 +334,10 @@ impl<'a> Planner<'a> {
         } = &self.model.acts[only].input;
         let int8 = matches!(form, Form::Int8 { .. });
         let adds = matches!(op.projection.epilogue, Epilogue::AddTo { .. });
-        (int8 && permutation.is_none() && !adds && op.projection.columns() == 1).then_some(only)
+        // Others still read activations of its input.
+        let apart = op.x != op.out;
+        let fits = int8 && permutation.is_none() && !adds && op.projection.columns() == 1;
+        (apart && fits).then_some(only)
     }
 
     fn push(&mut self, work: Work, reads: &[Thing], writes: &[Thing]) {

@@ -60,6 +60,13 @@ pub struct Input {
     pub permutation: Option<Arc<[u32]>>,
 }
 
+impl Input {
+    /// Super-blocks of 256 inputs a row.
+    pub(crate) fn supers(&self) -> usize {
+        self.inputs.div_ceil(SUPER)
+    }
+}
+
 /// Tokens up to which AMX leaves a product to AVX-512, which reads every weight once and decodes it in registers.
 const FEW: usize = 8;
 
@@ -275,33 +282,23 @@ impl Acts {
     /// Rows `0..tokens` of `inputs` f32 at `stride` are readable; no two threads fill one tile at a time, and none reads
     /// (see `Matrix::run`) before all are filled and the threads have synchronised.
     pub unsafe fn fill(&self, x: *const f32, stride: usize, tiles: Range<usize>) {
-        let pieces = tiles.start * self.supers()..tiles.end * self.supers();
         // SAFETY: forwarded.
-        unsafe { self.fill_pieces(x, stride, pieces) }
+        unsafe { self.convert(x, stride, tiles, 0..self.supers()) }
     }
 
-    /// Super-blocks of tiles to [`fill_pieces`](Self::fill_pieces), each a unit of work; those of a tile follow each other.
+    /// Super-blocks of tiles to [`fill_piece`](Self::fill_piece), each a unit of work; those of a tile follow each other.
     pub fn pieces(&self) -> usize {
         self.tiles() * self.supers()
     }
 
-    /// Converts 256 inputs of all rows of a tile for each of `pieces`.
+    /// Converts 256 inputs of all rows of a tile.
     ///
     /// # Safety
     /// As [`fill`](Self::fill), where no two threads fill one piece at a time.
-    pub unsafe fn fill_pieces(&self, x: *const f32, stride: usize, pieces: Range<usize>) {
-        let (acts, supers) = (self, self.supers());
-        let pieces = pieces.start..pieces.end.min(self.pieces());
-        let pieces = pieces.map(|piece| (piece / supers, piece % supers));
-        dispatch(
-            self.isa,
-            Fill {
-                acts,
-                x,
-                stride,
-                pieces,
-            },
-        );
+    pub unsafe fn fill_piece(&self, x: *const f32, stride: usize, piece: usize) {
+        let (tile, sup) = (piece / self.supers(), piece % self.supers());
+        // SAFETY: forwarded.
+        unsafe { self.convert(x, stride, tile..tile + 1, sup..sup + 1) }
     }
 
     /// Converts the 256 inputs of super-block `sup` of some tokens, whole tiles, in the order given: input i of row t is at `x + t * stride + i`.
@@ -310,7 +307,7 @@ impl Acts {
     /// When these are not whole tiles, or the input is permuted.
     ///
     /// # Safety
-    /// As [`fill_pieces`](Self::fill_pieces), where only these inputs of these rows need to be readable.
+    /// As [`fill_piece`](Self::fill_piece), where only these inputs of these rows need to be readable.
     pub(crate) unsafe fn fill_super(
         &self,
         x: *const f32,
@@ -319,15 +316,31 @@ impl Acts {
         tokens: Range<usize>,
     ) {
         assert!(self.input.permutation.is_none(), "inputs in their order");
+        // SAFETY: forwarded.
+        unsafe { self.convert(x, stride, self.tiles_of(tokens), sup..sup + 1) }
+    }
+
+    /// Converts these super-blocks of all rows of `tiles`.
+    ///
+    /// # Safety
+    /// As the callers say.
+    unsafe fn convert(
+        &self,
+        x: *const f32,
+        stride: usize,
+        tiles: Range<usize>,
+        supers: Range<usize>,
+    ) {
         let acts = self;
-        let pieces = self.tiles_of(tokens).map(|tile| (tile, sup));
+        let tiles = tiles.start..tiles.end.min(self.tiles());
         dispatch(
             self.isa,
             Fill {
                 acts,
                 x,
                 stride,
-                pieces,
+                tiles,
+                supers,
             },
         );
     }
@@ -351,7 +364,7 @@ impl Acts {
     }
 
     pub(crate) fn supers(&self) -> usize {
-        self.input.inputs.div_ceil(SUPER)
+        self.input.supers()
     }
 
     fn per_super(&self) -> usize {
@@ -391,15 +404,16 @@ impl SimdOp for ShapeOf {
     }
 }
 
-struct Fill<'a, I> {
+struct Fill<'a> {
     acts: &'a Acts,
     x: *const f32,
     stride: usize,
-    /// Tiles and super-blocks.
-    pieces: I,
+    tiles: Range<usize>,
+    /// Of each tile.
+    supers: Range<usize>,
 }
 
-impl<I: Iterator<Item = (usize, usize)>> SimdOp for Fill<'_, I> {
+impl SimdOp for Fill<'_> {
     type Output = ();
     const TILES: bool = true;
     #[inline(always)]
@@ -407,7 +421,10 @@ impl<I: Iterator<Item = (usize, usize)>> SimdOp for Fill<'_, I> {
         let a = self.acts;
         let n = a.input.inputs;
         let mut gathered = [0.0; SUPER];
-        for (index, sup) in self.pieces {
+        let pieces = self
+            .tiles
+            .flat_map(|tile| self.supers.clone().map(move |sup| (tile, sup)));
+        for (index, sup) in pieces {
             let tile = a.tile(index);
             let inputs = sup * SUPER..n.min((sup + 1) * SUPER);
             for token in 0..tile.padded {

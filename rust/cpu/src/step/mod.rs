@@ -262,7 +262,7 @@ impl Pass<'_> {
         let memory = unsafe { self.memory.acts.get(spec.memory) };
         // SAFETY: the plan.
         team.for_each(memory.pieces(), |piece| unsafe {
-            memory.fill_pieces(rows.base(), rows.stride(), piece..piece + 1);
+            memory.fill_piece(rows.base(), rows.stride(), piece);
         });
     }
 
@@ -296,7 +296,7 @@ impl Pass<'_> {
     /// Whether projections make activations `acts` here instead of rows: where 256 outputs at a time are still enough items for threads to finish
     /// together.
     fn makes(&self, acts: usize, team: &Team<'_>) -> bool {
-        let supers = self.model.acts[acts].input.inputs.div_ceil(SUPER);
+        let supers = self.model.acts[acts].input.supers();
         let cuts = self.ids.len().div_ceil(CUT);
         cuts > 1 && supers * cuts >= 4 * team.threads()
     }

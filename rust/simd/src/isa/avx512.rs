@@ -669,6 +669,7 @@ fn lookup_single<const BITS: usize>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn lookup_over(mut v: __m512i, here: __mmask64, index: __m512i, table: __m512i) -> __m512i {
+    // SAFETY: reads and writes these registers only; the instruction set is the function's.
     unsafe {
         std::arch::asm!(
             "vpermb {v}{{{here}}}, {index}, {table}",

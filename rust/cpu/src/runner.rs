@@ -11,7 +11,7 @@ use kbit_tensor::{Error, Result, Weight};
 
 use crate::attention::{Attention, View, WeightsOut, Work, is_split};
 use crate::buffers::Rows;
-use crate::cache::{Cache, HeadLayout};
+use crate::cache::Cache;
 use crate::head::Best;
 use crate::linear::out::Target;
 use crate::op::Op;
@@ -36,7 +36,6 @@ pub struct CpuRunner {
     reading_threads: usize,
     options: Options,
     cache: Cache,
-    heads: Vec<(HeadLayout, usize)>,
     tables: Vec<Tables>,
     memory: Memory,
     /// Passes of few tokens since the last of more.
@@ -93,9 +92,6 @@ impl CpuRunner {
         Ok(Self {
             few: Plan::few(&model),
             many: Plan::many(&model),
-            heads: (0..program.cache.len())
-                .map(|layer| cache.head(layer))
-                .collect(),
             tables: program.ropes.iter().map(Tables::new).collect(),
             program,
             model,
@@ -238,9 +234,6 @@ impl CpuRunner {
                 Wanted::Last => piece.from + r - row + 1 == part.ids.len(),
                 Wanted::All => true,
             }));
-            let pages = (0..self.program.cache.len())
-                .map(|layer| self.cache.pages(part.sequence, layer))
-                .collect();
             let weights = out.result.attentions.iter_mut().map(|layer| WeightsOut {
                 at: layer[piece.part].as_mut_ptr(),
                 tokens: part.ids.len(),
@@ -253,7 +246,7 @@ impl CpuRunner {
                 tokens: piece.to - piece.from,
                 start,
                 planned,
-                pages,
+                pages: self.cache.pages(part.sequence),
                 weights,
             });
             self.tables
@@ -288,7 +281,7 @@ impl CpuRunner {
             tables: &self.tables,
             isa: self.isa,
             kind: self.options.cache,
-            heads: &self.heads,
+            layers: self.cache.layers(),
             ids: &ids,
             positions: &positions,
             views: &views,
@@ -356,7 +349,7 @@ impl CpuRunner {
                 attention.q_heads,
                 attention.kv_heads,
                 attention.window,
-                self.heads[attention.layer].0.value_stride,
+                self.cache.layers()[attention.layer].0.value_stride,
             );
             let known = work.kinds.iter().position(|(s, _)| *s == shape);
             work.layers[attention.layer] = known.unwrap_or_else(|| {

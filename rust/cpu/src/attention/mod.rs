@@ -62,8 +62,8 @@ pub(crate) struct View {
     /// Position of its first token.
     pub(crate) start: usize,
     pub(crate) planned: usize,
-    /// Per layer, the pages in order.
-    pub(crate) pages: Vec<Vec<*mut u8>>,
+    /// In order of positions.
+    pub(crate) pages: Vec<*mut u8>,
     /// Per layer, where attention weights go, if asked for.
     pub(crate) weights: Vec<WeightsOut>,
 }
@@ -103,8 +103,8 @@ pub(crate) struct Shared<'a> {
     pub(crate) isa: Isa,
     pub(crate) kind: CacheType,
     pub(crate) head: HeadLayout,
-    /// Bytes from head to head in a page.
-    pub(crate) head_bytes: usize,
+    /// Where the layer's heads begin in a page.
+    pub(crate) heads_at: usize,
     pub(crate) views: &'a [View],
     pub(crate) tables: &'a [Tables],
     pub(crate) qkv: &'a Rows,
@@ -113,6 +113,32 @@ pub(crate) struct Shared<'a> {
     pub(crate) partials: &'a Rows,
     /// One per group; zero between operations.
     pub(crate) finished: &'a [AtomicU32],
+}
+
+impl Shared<'_> {
+    fn page(&self, view: &View, index: usize, kv_head: usize) -> HeadPage {
+        let at = self.heads_at + kv_head * self.head.bytes;
+        // SAFETY: `Cache::reserve` made pages for all positions of the pass, with `kv_heads` heads of this layer each.
+        unsafe { HeadPage::new(self.head, view.pages[index].add(at)) }
+    }
+
+    /// Writes key and value (`head_dim`,) of a position.
+    fn put(&self, view: &View, position: usize, kv_head: usize, key: &[f32], value: &[f32]) {
+        let append = Append {
+            kind: self.kind,
+            page: self.page(view, position / PAGE, kv_head),
+            position: position % PAGE,
+            key,
+            value,
+        };
+        dispatch(self.isa, append);
+    }
+
+    /// The page that an item begins with.
+    fn first_page(&self, item: &Item) -> HeadPage {
+        let start = item.chunk.as_ref().map_or(0, |split| split.start);
+        self.page(&self.views[item.view], start / PAGE, item.kv_head)
+    }
 }
 
 impl Attention {
@@ -144,44 +170,8 @@ impl Attention {
             }
         }
         for (head, (key, value)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
-            self.put(s, view, position, head, key, value);
+            s.put(view, position, head, key, value);
         }
-    }
-
-    /// Writes key and value (`head_dim`,) of a position.
-    fn put(
-        &self,
-        s: &Shared<'_>,
-        view: &View,
-        position: usize,
-        kv_head: usize,
-        key: &[f32],
-        value: &[f32],
-    ) {
-        let append = Append {
-            kind: s.kind,
-            page: self.page(s, view, position / PAGE, kv_head),
-            position: position % PAGE,
-            key,
-            value,
-        };
-        dispatch(s.isa, append);
-    }
-
-    fn page(&self, s: &Shared<'_>, view: &View, index: usize, kv_head: usize) -> HeadPage {
-        // SAFETY: `Cache::reserve` made pages for all positions of the pass, with `kv_heads` heads each.
-        unsafe {
-            HeadPage::new(
-                s.head,
-                view.pages[self.layer][index].add(kv_head * s.head_bytes),
-            )
-        }
-    }
-
-    /// The page that an item begins with.
-    fn first_page(&self, s: &Shared<'_>, item: &Item) -> HeadPage {
-        let start = item.chunk.as_ref().map_or(0, |split| split.start);
-        self.page(s, &s.views[item.view], start / PAGE, item.kv_head)
     }
 
     /// Asks for what an item reads of the new tokens.
@@ -228,7 +218,7 @@ impl Attention {
         if let Some(rotation) = rotation {
             self.append(s, rotation, view, item, split.start, t);
         }
-        let next = next.map_or(std::ptr::null(), |next| self.first_page(s, next).keys);
+        let next = next.map_or(std::ptr::null(), |next| s.first_page(next).keys);
         self.chunk(s, view, item.kv_head, split.start, next, t, false)?;
         let (n, stride) = (t.queries.len(), s.head.value_stride);
         if split.chunks == 1 {
@@ -398,7 +388,7 @@ impl Attention {
             if let Some(clip) = rotation.clip {
                 clamp(value, clip);
             }
-            self.put(s, view, position, item.kv_head, key, value);
+            s.put(view, position, item.kv_head, key, value);
         }
     }
 
@@ -414,7 +404,7 @@ impl Attention {
         scores_only: bool,
     ) -> Result<()> {
         let n = t.queries.len();
-        let mut page = self.page(s, view, start / PAGE, kv_head);
+        let mut page = s.page(view, start / PAGE, kv_head);
         let mut kind = s.kind;
         let mut next_keys = Some(next_keys);
         if n >= WIDEN && kind != CacheType::F32 {

@@ -272,7 +272,7 @@ impl World {
         };
         let mut tables = [Tables::new(&self.rope)];
         tables[0].reach(total, total);
-        let (head, head_bytes) = cache.head(0);
+        let (head, heads_at) = cache.layers()[0];
         let mut weights = vec![
             0.0;
             if want_weights {
@@ -313,7 +313,7 @@ impl World {
                 tokens: n,
                 start,
                 planned: total,
-                pages: vec![cache.pages(id, 0)],
+                pages: cache.pages(id),
                 weights,
             };
             let views = [view];
@@ -325,7 +325,7 @@ impl World {
                 isa,
                 kind: c.kind,
                 head,
-                head_bytes,
+                heads_at,
                 views: &views,
                 tables: &tables,
                 qkv: &qkv,

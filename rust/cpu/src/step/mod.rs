@@ -107,8 +107,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) tables: &'a [Tables],
     pub(crate) isa: Isa,
     pub(crate) kind: CacheType,
-    /// Per cache layer: layout of a head, bytes from head to head.
-    pub(crate) heads: &'a [(HeadLayout, usize)],
+    /// Per cache layer: layout of a head, and where its heads begin in a page.
+    pub(crate) layers: &'a [(HeadLayout, usize)],
     /// Ids and positions of the tokens.
     pub(crate) ids: &'a [u32],
     pub(crate) positions: &'a [usize],
@@ -370,12 +370,12 @@ impl Pass<'_> {
 
     fn shared(&self, op: &AttentionOp) -> Shared<'_> {
         let layer = op.attention.layer;
-        let (head, head_bytes) = self.heads[layer];
+        let (head, heads_at) = self.layers[layer];
         Shared {
             isa: self.isa,
             kind: self.kind,
             head,
-            head_bytes,
+            heads_at,
             views: self.views,
             tables: self.tables,
             qkv: self.buffer(op.qkv),

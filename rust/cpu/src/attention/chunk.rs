@@ -10,7 +10,7 @@ use kbit_simd::{Isa, LANES, Simd, SimdOp, math};
 use kbit_tensor::program::CacheType;
 
 use super::page::{Element, Typed};
-use crate::ask::ask_with;
+use crate::ask::ask_part;
 use crate::cache::{BLOCK, HeadPage, PAGE};
 
 /// What a query sees: a range of positions, and how distance counts.
@@ -160,11 +160,6 @@ impl Chunk<'_> {
         for (turn, g) in [0, 2, 1, 3].into_iter().enumerate() {
             let mut lanes = [[s.splat(0.0); 4]; N];
             for base in (0..head_dim).step_by(LANES) {
-                if !values.is_null() {
-                    // A quarter of 16 dimensions, as many as keys are read here.
-                    ask_with(s, values, LANES / 4 * BLOCK * size);
-                    values = values.wrapping_add(LANES / 4 * BLOCK * size);
-                }
                 for j in 0..4 {
                     let dim = base + g + 4 * j;
                     if dim < head_dim {
@@ -176,6 +171,12 @@ impl Chunk<'_> {
                             lanes[n][j] = s.fma(q, keys, lanes[n][j]);
                         }
                     }
+                    if !values.is_null() {
+                        ask_part(s, values, LANES / 4 * BLOCK * size, j, 4);
+                    }
+                }
+                if !values.is_null() {
+                    values = values.wrapping_add(LANES / 4 * BLOCK * size);
                 }
             }
             for n in 0..N {
@@ -297,8 +298,9 @@ impl Chunk<'_> {
         positions: Range<usize>,
     ) {
         let stride = self.page.layout.value_stride;
+        let size = size_of::<E::Number>();
         let next_keys = match self.next_keys {
-            Some(keys) if i == 0 && at == 0 => keys,
+            Some(keys) if i == 0 && !keys.is_null() => keys.wrapping_add(at * size),
             _ => std::ptr::null(),
         };
         let p = self.scores[i * PAGE..(i + N) * PAGE].as_ptr();
@@ -310,10 +312,7 @@ impl Chunk<'_> {
             }
         }
         for position in positions {
-            if !next_keys.is_null() {
-                let each = self.page.layout.head_dim * size_of::<E::Number>();
-                ask_with(s, next_keys.wrapping_add(position * each), each);
-            }
+            let row = next_keys.wrapping_add(position * self.page.layout.head_dim * size);
             let mut values = [s.splat(0.0); D];
             for d in 0..D {
                 // SAFETY: position < 256 and at + 16 d < stride are inside the page, whose head nobody else writes now.
@@ -324,6 +323,9 @@ impl Chunk<'_> {
                 let weight = s.splat(unsafe { *p.add(n * PAGE + position) });
                 for d in 0..D {
                     acc[n][d] = s.fma(weight, values[d], acc[n][d]);
+                    if !next_keys.is_null() {
+                        ask_part(s, row, D * LANES * size, n * D + d, N * D);
+                    }
                 }
             }
         }

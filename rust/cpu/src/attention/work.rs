@@ -65,9 +65,9 @@ impl Attention {
         let mut work = Work::default();
         for (v, view) in views.iter().enumerate() {
             let chunks = self.first(view.start) / PAGE..(view.start + view.tokens).div_ceil(PAGE);
-            for kv_head in 0..self.kv_heads {
-                if !is_split(view.tokens, whole) {
-                    let block = (QUERIES / group).clamp(4, 64);
+            if !is_split(view.tokens, whole) {
+                let block = (QUERIES / group).clamp(4, 64);
+                for kv_head in 0..self.kv_heads {
                     // The longest contexts first: threads finish together only if what comes last is short.
                     let blocks = (0..view.tokens)
                         .step_by(block)
@@ -79,28 +79,31 @@ impl Attention {
                         tokens,
                         chunk: None,
                     }));
-                    continue;
                 }
-                let first_row = work.partials;
-                for (i, chunk) in chunks.clone().enumerate() {
-                    let row = first_row + i * view.tokens * group;
+                continue;
+            }
+            // Heads lie side by side in a page: one after the other, memory is read as a stream.
+            let (rows, groups) = (chunks.len() * view.tokens * group, work.groups);
+            for (i, chunk) in chunks.clone().enumerate() {
+                work.items.extend((0..self.kv_heads).map(|kv_head| {
+                    let first_row = work.partials + kv_head * rows;
                     let split = Split {
                         start: chunk * PAGE,
-                        group: work.groups,
-                        row,
+                        group: groups + kv_head,
+                        row: first_row + i * view.tokens * group,
                         first_row,
                         chunks: chunks.len(),
                     };
-                    work.items.push(Item {
+                    Item {
                         view: v,
                         kv_head,
                         tokens: 0..view.tokens,
                         chunk: Some(split),
-                    });
-                }
-                work.partials += chunks.len() * view.tokens * group;
-                work.groups += 1;
+                    }
+                }));
             }
+            work.partials += self.kv_heads * rows;
+            work.groups += self.kv_heads;
         }
         work
     }

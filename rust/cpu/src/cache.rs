@@ -1,10 +1,12 @@
 //! The KV cache: per sequence, pages of 256 positions at absolute multiples of 256.
 //!
-//! A page holds the keys and values of all layers and KV heads, which makes it large enough for huge pages: the processor
-//! looks up an address for every 4 KiB of small ones, which cost an eighth of decoding at depth. Per head, keys lie in blocks of 16 positions with the positions
-//! innermost (block, dimension, position), so that 16 dot products run at once without a sum across lanes; values lie
-//! row by row (position, dimension), rows padded to 16. Int8 pages end with one f32 scale per position for keys and
-//! one for values. Sequences share pages after [`Cache::fork`]; a page is copied before it is written while shared.
+//! A page holds the keys and values of all layers and KV heads, which mostly makes it large enough for huge pages of the
+//! system: of small ones the processor looks up an address for every 4 KiB (`docs/performance.md`, *Decode is a stream*).
+//!
+//! Per head, keys lie in blocks of 16 positions with the positions innermost (block, dimension, position), so that 16 dot
+//! products run at once without a sum across lanes; values lie row by row (position, dimension), rows padded to 16. Int8
+//! heads end with one f32 scale per position for keys and one for values. Sequences share pages after [`Cache::fork`]; a
+//! page is copied before it is written while shared.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

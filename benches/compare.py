@@ -664,7 +664,7 @@ def main() -> None:
     ask.add_argument(
         "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; default: all"
     )
-    ask.add_argument("--timeout", type=float, default=300, help="seconds one measurement may take")
+    ask.add_argument("--timeout", type=float, default=900, help="seconds one measurement may take")
     ask.add_argument(
         "--cache",
         type=Path,

@@ -42,8 +42,8 @@ pub enum Form {
     Int8 {
         /// With the sums of every block of 16 to 256 inputs, not of 256 only.
         sums: bool,
-        /// For products that matrix tiles are worth it for.
-        tiles: bool,
+        /// For products that matrix tiles are worth it for: those of so many tokens and more.
+        tiles: Option<usize>,
     },
     /// As they are.
     F32,
@@ -67,14 +67,16 @@ impl Input {
     }
 }
 
-/// Tokens up to which AMX leaves a product to AVX-512, which reads every weight once and decodes it in registers.
-const FEW: usize = 8;
-
-/// The instruction set whose kernels multiply `tokens` rows: AMX has those for many tokens only, as it gains nothing by
+/// The instruction set whose kernels multiply `tokens` rows: AMX has those for some tokens and more, as it gains nothing by
 /// others. What it leaves is laid out for AVX-512 and computed by its kernels.
 fn kernels(isa: Isa, form: Form, tokens: usize) -> Isa {
     match (isa, form) {
-        (Isa::Amx, Form::Int8 { tiles: true, .. }) if tokens > FEW => isa,
+        (
+            Isa::Amx,
+            Form::Int8 {
+                tiles: Some(least), ..
+            },
+        ) if tokens >= least => isa,
         (Isa::Amx, _) => Isa::Avx512Vbmi,
         _ => isa,
     }

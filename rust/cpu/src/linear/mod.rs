@@ -101,7 +101,7 @@ impl Matrix {
                         };
                         let scale = Scale::of(k);
                         let decoder = Decoder::new(Book::new(k.bits(), codebook, ladder), k);
-                        let (sums, tiles) = (scale.wants_sums(), scale.wants_tiles());
+                        let (sums, tiles) = (scale.wants_sums(), scale.tiles_from());
                         (
                             Store::Codes {
                                 weight: k.clone(),

@@ -56,9 +56,14 @@ impl Scale {
         !matches!(self.kind, Kind::Wide)
     }
 
-    /// Whether matrix tiles are worth having: blocks of 16 inputs under floats fill a quarter of them, others have more or are scaled as integers before.
-    pub(super) fn wants_tiles(&self) -> bool {
-        self.block >= 32 || self.has_subs()
+    /// Tokens from which matrix tiles, of 16 of them, are faster than reading every weight once and decoding it in registers (`docs/performance.md`,
+    /// *AMX*). Blocks of 32 inputs under floats fill half a tile; those of 16 would fill a quarter.
+    pub(super) fn tiles_from(&self) -> Option<usize> {
+        match self.step() {
+            64.. => Some(5),
+            32 => Some(9),
+            _ => None,
+        }
     }
 
     /// Inputs that one product of matrix tiles is over: those of a scale, or of a super-block where weights were scaled before.

@@ -2,7 +2,6 @@
 //! later, while the next products run.
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 use kbit_simd::Simd;
 use kbit_tensor::KLayout;
@@ -12,9 +11,6 @@ use super::scales::{Scale, settle_wide};
 use super::tiles::{Place, Room, Tiles};
 use super::unpack::{Coming, Scaled, Unpacker, VECTORS};
 use crate::acts::Tile;
-
-/// Chunks decoded before one is multiplied: what was just written cannot be loaded as a tile until it has left for the first cache.
-const LAG: usize = 2;
 
 /// Products whose sums lie in memory ([`Simd::STORED`]): those of one step, the inputs of a scale, are taken into the results while the next
 /// step's products run, whatever tile and panels that is of.
@@ -75,20 +71,30 @@ impl<'a, S: Simd, const P: usize, const N: usize> Late<'a, S, P, N> {
                     let start = [s.splat_i32(0); N];
                     let sums = &mut self.rooms[self.turn];
                     s.product(weights, tile.data, groups.clone(), start, sums);
-                    self.settle();
+                    self.waits(Waiting {
+                        panels: place.panels,
+                        tile,
+                        step: input / block,
+                        y,
+                    });
                 }
                 for plane in &mut weights {
                     *plane = plane.wrapping_add(groups.len() * S::WEIGHT_BYTES);
                 }
-                self.waiting = Some(Waiting {
-                    panels: place.panels,
-                    tile,
-                    step: input / block,
-                    y,
-                });
-                self.turn ^= 1;
             }
         }
+    }
+
+    /// What was just written waits, and what waited is taken into its results.
+    ///
+    /// # Safety
+    /// As [`Late::settle`]; the room whose turn it is holds sums.
+    #[inline(always)]
+    unsafe fn waits(&mut self, sums: Waiting<'a, S, P, N>) {
+        // SAFETY: as the caller says.
+        unsafe { self.settle() }
+        self.waiting = Some(sums);
+        self.turn ^= 1;
     }
 
     /// Takes what waits into its results.
@@ -156,95 +162,121 @@ unsafe fn settle<S: Simd, const P: usize, const N: usize>(
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>
     Tiles<'_, S, P, M, BLOCK, SUBS>
 {
-    /// Panels side by side by one tile of `M` tokens, where decoding takes longer than products: a chunk is decoded while one before it is multiplied.
+    /// All panels by one tile of `M` tokens, where decoding takes longer than products: a chunk of panels side by side is decoded, then the chunk
+    /// before it multiplied, as what was just written cannot be loaded as a tile until it has left for the first cache. Nothing stops where panels
+    /// end: the next are decoded while the last products run and before their results are written.
     #[inline(always)]
-    pub(super) fn beside(
-        &self,
-        panels: Range<usize>,
-        number: usize,
-        unpack: Unpacker,
-        room: &Room<S>,
-    ) {
+    pub(super) fn flow(&self, number: usize, unpack: Unpacker, room: &Room<S>) {
         let Self(s, job) = self;
-        let (s, layout, tile) = (*s, job.source.layout, *job.acts.tile(number));
+        let (s, layout, tile) = (*s, job.source.layout, job.acts.tile(number));
         let plane = VECTORS * S::WEIGHT_BYTES;
         let scaled = (Self::PLANES == 2).then_some(Scaled {
             scale: job.scale,
             apart: plane,
         });
-        let mut at = [job.source.at(panels.start); P];
-        if P == 2 {
-            at[P - 1] = job.source.at(panels.end - 1);
-        }
-        // Of each chunk two panels, or both planes of one.
-        let ring = [0, 1, 2, 3].map(|n| room.stage.wrapping_add(2 * plane * n));
-        // Of two super-blocks.
-        let mut sums = [const { MaybeUninit::<[[S::I32; M]; 2]>::uninit() }; 2];
-        let mut y = [[s.splat(0.0); M]; P];
-        let ahead = (AHEAD / (job.decoder.bits * 128)).min(layout.chunks);
-        for chunk in 0..layout.chunks + LAG {
-            if chunk < layout.chunks {
-                for n in 0..panels.len() {
-                    let later = (chunk + ahead) / layout.chunks * P;
-                    let coming = (chunk + ahead) % layout.chunks;
-                    let coming = job.source.stored(coming..coming + 1, job.decoder.bits);
-                    let coming = Coming {
-                        next: job
-                            .source
-                            .ahead(panels.start + n + later)
-                            .wrapping_add(coming.start),
-                        lines: coming.len().div_ceil(64),
-                    };
-                    let to = ring[chunk % 4].wrapping_add(n * plane);
-                    // SAFETY: a chunk of a panel of the matrix; the ring has room for it.
-                    unsafe {
-                        unpack(
-                            job.decoder,
-                            layout,
-                            at[n],
-                            chunk..chunk + 1,
-                            scaled,
-                            coming,
-                            to,
-                        );
-                    }
-                }
-            }
-            let Some(chunk) = chunk.checked_sub(LAG) else {
-                continue;
-            };
-            let (sup, last) = (chunk / 4, chunk + 1 == layout.chunks);
-            // At an odd end a panel is its own partner.
-            let second = if P == 2 && panels.len() == 1 {
-                0
+        // Of a chunk two panels, or both planes of one; one is multiplied while the other is written.
+        let stages = [0, 2 * plane].map(|at| room.stage.wrapping_add(at));
+        let mut late = Late::<S, P, M>::new(s, job.scale, layout);
+        let mut results = [[s.splat(0.0); M]; P];
+        let y = &raw mut results;
+        let (end, chunks) = (job.panels.end, layout.chunks);
+        let ahead = (AHEAD / (job.decoder.bits * 128)).min(chunks);
+        let lines = layout.panel_bytes / 64;
+        let forward = |(panel, chunk): (usize, usize)| {
+            if chunk + 1 < chunks {
+                (panel, chunk + 1)
             } else {
-                plane
-            };
-            let weights = [
-                ring[chunk % 4].cast_const(),
-                ring[chunk % 4].wrapping_add(second).cast_const(),
-            ];
-            let groups = chunk * VECTORS..(chunk + 1) * VECTORS;
-            // SAFETY: the chunk was decoded, and the tile holds it. Sums are written before they are settled, one super-block later.
-            unsafe {
-                if chunk % 4 == 0 {
-                    s.begin_sums::<M>();
-                }
-                s.add_products::<2, M>(weights, tile.data, groups);
-                if chunk % 4 == 3 || last {
-                    s.end_sums(&mut sums[sup % 2]);
-                    let before = sup.checked_sub(1);
-                    for sup in before.into_iter().chain(last.then_some(sup)) {
-                        let sums = sums[sup % 2].assume_init_ref();
-                        settle(s, job.scale, layout, &at, &tile, sup, sums, &mut y);
+                (panel + P, 0)
+            }
+        };
+        let mut decoded = (job.panels.start, 0);
+        // The chunk before that, and the panels whose last sums wait.
+        let (mut before, mut summed): (Option<(usize, usize)>, _) = (None, None);
+        for turn in 0.. {
+            let (panel, chunk) = decoded;
+            if panel < end {
+                // As many lines with every chunk, scales included.
+                let coming = chunk + ahead;
+                let (later, coming) = (coming / chunks * P, coming % chunks);
+                let share = coming * lines / chunks..(coming + 1) * lines / chunks;
+                for n in 0..P.min(end - panel) {
+                    let next = job.source.ahead(panel + later + n);
+                    let coming = Coming {
+                        next: next.wrapping_add(share.start * 64),
+                        lines: share.len(),
+                    };
+                    let (at, to) = (
+                        job.source.at(panel + n),
+                        stages[turn % 2].wrapping_add(n * plane),
+                    );
+                    // SAFETY: a chunk of a panel of the matrix; the stage has room for it.
+                    unsafe {
+                        let chunks = chunk..chunk + 1;
+                        unpack(job.decoder, layout, at, chunks, scaled, coming, to);
                     }
                 }
+                decoded = forward(decoded);
             }
+            if let Some((panel, chunk)) = before {
+                // At an odd end a panel is its own partner.
+                let partner = (panel + P).min(end) - 1;
+                let from = stages[(turn + 1) % 2].cast_const();
+                let apart = if P == 2 && partner == panel { 0 } else { plane };
+                let weights = [from, from.wrapping_add(apart)];
+                let groups = chunk * VECTORS..(chunk + 1) * VECTORS;
+                // SAFETY: the chunk was decoded, and the tile holds it. Sums are written before they are settled, one super-block later.
+                unsafe {
+                    if chunk % 4 == 0 {
+                        s.begin_sums::<M>();
+                    }
+                    s.add_products::<2, M>(weights, tile.data, groups);
+                    if chunk % 4 == 3 || chunk + 1 == chunks {
+                        s.end_sums(&mut late.rooms[late.turn]);
+                        let mut panels = [job.source.at(panel); P];
+                        panels[P - 1] = job.source.at(partner);
+                        late.waits(Waiting {
+                            panels,
+                            tile,
+                            step: chunk / 4,
+                            y,
+                        });
+                        self.put(summed.take(), number, y);
+                    }
+                }
+                if chunk + 1 == chunks {
+                    summed = Some(panel);
+                }
+            }
+            if panel >= end {
+                break;
+            }
+            before = Some((panel, chunk));
         }
-        for n in 0..panels.len() {
-            let y = &y[n][..tile.tokens];
-            // SAFETY: `Matrix::run` has this part of the output to itself.
-            unsafe { job.out.put(s, number * M, panels.start + n, y) };
+        // SAFETY: the last panels are there.
+        unsafe {
+            late.settle();
+            self.put(summed, number, y);
+        }
+    }
+
+    /// Writes the results of panels side by side, and begins those of the next.
+    ///
+    /// # Safety
+    /// `Matrix::run` has this part of the output to itself, and the caller `y`.
+    #[inline(always)]
+    unsafe fn put(&self, panel: Option<usize>, number: usize, y: *mut [[S::F32; M]; P]) {
+        let Self(s, job) = self;
+        let Some(panel) = panel else {
+            return;
+        };
+        let tokens = job.acts.tile(number).tokens;
+        // SAFETY: as the caller says.
+        unsafe {
+            let y = &mut *y;
+            for n in 0..P.min(job.panels.end - panel) {
+                job.out.put(*s, number * M, panel + n, &y[n][..tokens]);
+            }
+            *y = [[s.splat(0.0); M]; P];
         }
     }
 }

@@ -131,14 +131,14 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
         let unpack = dispatch(S::ISA, Find(job.decoder));
         for first in tiles.clone().step_by(band) {
             let tiles = first..tiles.end.min(first + band);
+            let whole = tiles.len() == 1 && job.acts.tile(tiles.start).padded == M;
+            if S::STORED && (SUBS || BLOCK == SUPER) && whole {
+                self.flow(tiles.start, unpack, &room);
+                continue;
+            }
             for first in job.panels.clone().step_by(side) {
                 let panels = first..job.panels.end.min(first + side);
-                let whole = tiles.len() == 1 && job.acts.tile(tiles.start).padded == M;
-                if S::STORED && (SUBS || BLOCK == SUPER) && whole {
-                    self.beside(panels, tiles.start, unpack, &room);
-                } else {
-                    self.panels(panels, tiles.clone(), unpack, &room);
-                }
+                self.panels(panels, tiles.clone(), unpack, &room);
             }
         }
         SCRATCH.set(scratch);

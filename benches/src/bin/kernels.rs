@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Decode is given in GB/s of stored weights and per cent of the read bandwidth, batches in multiples of the tokens/s of one
-//! token, prefill in TOPS (one multiply and one add count two). Every figure is the best of several runs.
+//! token, prefill in TOPS (one multiply and one add count two). Figures are the best of several runs, of batches the middle of many turns.
 #![allow(unsafe_code, reason = "Matrix::run writes where its caller says")]
 #![allow(clippy::print_stdout, reason = "a report")]
 
@@ -152,33 +152,38 @@ struct Shared(*mut f32);
 // SAFETY: threads write different panels.
 unsafe impl Sync for Shared {}
 
-/// Best seconds of `runs` products of `matrix` with `x`, quantising included; panels are handed out dynamically.
-fn best(
-    matrix: &Matrix,
-    isa: Isa,
-    x: &[f32],
+/// A product that runs again and again; panels are handed out dynamically.
+struct Product {
+    x: Vec<f32>,
+    acts: Acts,
+    out: Vec<f32>,
     threads: usize,
-    runs: usize,
-    repeat: usize,
-) -> Result<f64> {
-    let tokens = x.len() / matrix.inputs();
-    let mut out = vec![0f32; tokens * matrix.rows()];
-    let shared = &Shared(out.as_mut_ptr());
-    let mut acts = Acts::new()?;
-    acts.reserve(isa, matrix.input(), tokens)?;
-    let (acts, step) = (
-        &acts,
-        if tokens > 16 {
+}
+
+impl Product {
+    /// Of `tokens` tokens with matrices like `matrix`.
+    fn new(matrix: &Matrix, isa: Isa, tokens: usize, threads: usize) -> Result<Self> {
+        let mut acts = Acts::new()?;
+        acts.reserve(isa, matrix.input(), tokens)?;
+        Ok(Self {
+            x: rows(tokens, matrix.inputs()),
+            acts,
+            out: vec![0.0; tokens * matrix.rows()],
+            threads,
+        })
+    }
+
+    /// Seconds of one, the mean of `repeat`, quantising included.
+    fn seconds(&mut self, matrix: &Matrix, repeat: usize) -> f64 {
+        let (x, acts, threads) = (&self.x, &self.acts, self.threads);
+        let shared = &Shared(self.out.as_mut_ptr());
+        let step = if acts.tokens() > 16 {
             8
         } else {
             (matrix.panels() / threads / 16).clamp(1, 64)
-        },
-    );
-    let (tiles, panels) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let (tiles, panels, barrier) = (&tiles, &panels, &Barrier::new(threads));
-    let mut least = f64::MAX;
-    for _ in 0..runs {
-        let start = Instant::now();
+        };
+        let (tiles, panels) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (tiles, panels, barrier) = (&tiles, &panels, &Barrier::new(threads));
         let seconds = std::thread::scope(|scope| {
             let work = move || {
                 barrier.wait();
@@ -219,7 +224,24 @@ fn best(
             }
             seconds
         });
-        least = least.min(seconds / repeat as f64);
+        seconds / repeat as f64
+    }
+}
+
+/// Best seconds of `runs` products of `matrix` with `tokens` tokens.
+fn best(
+    matrix: &Matrix,
+    isa: Isa,
+    tokens: usize,
+    threads: usize,
+    runs: usize,
+    repeat: usize,
+) -> Result<f64> {
+    let mut product = Product::new(matrix, isa, tokens, threads)?;
+    let mut least = f64::MAX;
+    for _ in 0..runs {
+        let start = Instant::now();
+        least = least.min(product.seconds(matrix, repeat));
         if start.elapsed().as_secs_f64() > 3.0 {
             break;
         }
@@ -266,13 +288,11 @@ fn decode(wanted: &Wanted) -> Result<()> {
             inputs,
         )?;
         for &isa in &wanted.isas {
-            let x = rows(1, inputs);
-            let cache = small.nbytes() as f64 / 1e9 / best(&small, isa, &x, 1, 10, 20)?;
+            let cache = small.nbytes() as f64 / 1e9 / best(&small, isa, 1, 1, 10, 20)?;
             let one = limits::measure(isa, 1, 256 << 20, 4)?.read();
-            let memory1 = large.nbytes() as f64 / 1e9 / best(&large, isa, &x, 1, 6, 1)?;
+            let memory1 = large.nbytes() as f64 / 1e9 / best(&large, isa, 1, 1, 6, 1)?;
             let all = limits::measure(isa, wanted.threads, 256 << 20, 6)?.read();
-            let memory =
-                large.nbytes() as f64 / 1e9 / best(&large, isa, &x, wanted.threads, 15, 1)?;
+            let memory = large.nbytes() as f64 / 1e9 / best(&large, isa, 1, wanted.threads, 15, 1)?;
             let (p1, p) = (100.0 * memory1 / one, 100.0 * memory / all);
             println!(
                 "| {} | {bits:.2} | {isa} | {cache:.1} | {memory1:.1} | {p1:.0} % | {memory:.1} | {p:.0} % |",
@@ -283,42 +303,45 @@ fn decode(wanted: &Wanted) -> Result<()> {
     Ok(())
 }
 
+/// Batches in turns, each time with another of many matrices: a shared machine reads memory at another rate a second later,
+/// and what one of them just read lies in a cache.
 fn batch(wanted: &Wanted) -> Result<()> {
-    let inputs = 2048;
+    const TOKENS: [usize; 5] = [1, 2, 4, 8, 16];
+    const TURNS: usize = 12;
+    let (outputs, inputs) = (8192, 2048);
     println!(
-        "\n## Small batches, {} threads, 256 MiB from memory: tokens/s over one token\n",
+        "\n## Small batches, {} threads, 512 MiB in matrices of {outputs} x {inputs}: tokens/s over one token, middle of turns\n",
         wanted.threads
     );
     println!("| type | isa | m=1, GB/s | 2 | 4 | 8 | 16 |\n|---|---|---|---|---|---|---|");
     for kind in wanted.kinds() {
-        let bits = matrix(&kind, 256, inputs)?.nbytes() as f64 * 8.0 / (256 * inputs) as f64;
-        let large = matrix(
-            &kind,
-            ((256 << 20) as f64 * 8.0 / bits / inputs as f64) as usize / 64 * 64,
-            inputs,
-        )?;
+        let mut all = vec![matrix(&kind, outputs, inputs)?];
+        while all.len() * all[0].nbytes() < 512 << 20 {
+            all.push(matrix(&kind, outputs, inputs)?);
+        }
         for &isa in &wanted.isas {
-            let mut seconds = Vec::new();
-            for tokens in [1, 2, 4, 8, 16] {
-                seconds.push(best(
-                    &large,
-                    isa,
-                    &rows(tokens, inputs),
-                    wanted.threads,
-                    8,
-                    1,
-                )?);
+            let product = |tokens| Product::new(&all[0], isa, tokens, wanted.threads);
+            let mut products = TOKENS
+                .into_iter()
+                .map(product)
+                .collect::<Result<Vec<_>>>()?;
+            let mut seconds = [const { Vec::new() }; TOKENS.len()];
+            for turn in 0..TURNS * TOKENS.len() {
+                for (n, matrix) in all.iter().enumerate() {
+                    let which = (turn + n) % TOKENS.len();
+                    seconds[which].push(products[which].seconds(matrix, 1));
+                }
             }
-            let times = |i: usize| (1 << i) as f64 * seconds[0] / seconds[i];
-            let speed = large.nbytes() as f64 / 1e9 / seconds[0];
-            println!(
-                "| {} | {isa} | {speed:.1} | {:.1} | {:.1} | {:.1} | {:.1} |",
-                kind.name,
-                times(1),
-                times(2),
-                times(3),
-                times(4)
-            );
+            let [one, others @ ..] = seconds.map(|mut all| {
+                all.sort_by(f64::total_cmp);
+                all[all.len() / 2]
+            });
+            let speed = all[0].nbytes() as f64 / 1e9 / one;
+            print!("| {} | {isa} | {speed:.1} |", kind.name);
+            for (tokens, other) in TOKENS[1..].iter().zip(others) {
+                print!(" {:.1} |", *tokens as f64 * one / other);
+            }
+            println!();
         }
     }
     Ok(())
@@ -332,7 +355,6 @@ fn prefill(wanted: &Wanted) -> Result<()> {
     );
     println!("|---|---|---|---|---|---|---|");
     for (outputs, inputs) in [(8192, 2048), (2048, 8192)] {
-        let x = rows(512, inputs);
         for kind in wanted.kinds() {
             let m = matrix(&kind, outputs, inputs)?;
             for &isa in &wanted.isas {
@@ -341,8 +363,8 @@ fn prefill(wanted: &Wanted) -> Result<()> {
                     limits::measure(isa, 1, 64 << 20, 3)?.int8,
                     limits::measure(isa, wanted.threads, 64 << 20, 3)?.int8,
                 );
-                let one = operations / best(&m, isa, &x, 1, 4, 1)?;
-                let all = operations / best(&m, isa, &x, wanted.threads, 10, 1)?;
+                let one = operations / best(&m, isa, 512, 1, 4, 1)?;
+                let all = operations / best(&m, isa, 512, wanted.threads, 10, 1)?;
                 let (f1, f) = (100.0 * one / p1, 100.0 * all / p);
                 println!(
                     "| {outputs} x {inputs} | {} | {isa} | {one:.3} | {f1:.0} % | {all:.3} | {f:.0} % |",

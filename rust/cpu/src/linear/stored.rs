@@ -182,13 +182,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
         let (end, chunks) = (job.panels.end, layout.chunks);
         let ahead = (AHEAD / (job.decoder.bits * 128)).min(chunks);
         let lines = layout.panel_bytes / 64;
-        let forward = |(panel, chunk): (usize, usize)| {
-            if chunk + 1 < chunks {
-                (panel, chunk + 1)
-            } else {
-                (panel + P, 0)
-            }
-        };
         let mut decoded = (job.panels.start, 0);
         // The chunk before that, and the panels whose last sums wait.
         let (mut before, mut summed): (Option<(usize, usize)>, _) = (None, None);
@@ -215,11 +208,16 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                         unpack(job.decoder, layout, at, chunks, scaled, coming, to);
                     }
                 }
-                decoded = forward(decoded);
+                decoded = if chunk + 1 < chunks {
+                    (panel, chunk + 1)
+                } else {
+                    (panel + P, 0)
+                };
             }
             if let Some((panel, chunk)) = before {
                 // At an odd end a panel is its own partner.
                 let partner = (panel + P).min(end) - 1;
+                let last = chunk + 1 == chunks;
                 let from = stages[(turn + 1) % 2].cast_const();
                 let apart = if P == 2 && partner == panel { 0 } else { plane };
                 let weights = [from, from.wrapping_add(apart)];
@@ -230,7 +228,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                         s.begin_sums::<M>();
                     }
                     s.add_products::<2, M>(weights, tile.data, groups);
-                    if chunk % 4 == 3 || chunk + 1 == chunks {
+                    if chunk % 4 == 3 || last {
                         s.end_sums(&mut late.rooms[late.turn]);
                         let mut panels = [job.source.at(panel); P];
                         panels[P - 1] = job.source.at(partner);
@@ -243,7 +241,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                         self.put(summed.take(), number, y);
                     }
                 }
-                if chunk + 1 == chunks {
+                if last {
                     summed = Some(panel);
                 }
             }

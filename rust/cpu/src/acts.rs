@@ -1,6 +1,6 @@
 //! Input rows as matrices want them: int8 with one scale per 256 inputs (`docs/numerics.md` section 2), or f32.
 //!
-//! Up to [`Simd::DIRECT`] tokens are one tile, more are grouped in tiles of [`Simd::TILE`]; the last tile may be smaller. Sizes are rounded up to
+//! A few tokens (up to [`Simd::DIRECT`], where the matrix has kernels for them) are one tile, more are grouped in tiles of [`Simd::TILE`]; the last tile may be smaller. Sizes are rounded up to
 //! one that kernels exist for (missing tokens are zero). Within a tile of n tokens everything that one step of a kernel reads lies together:
 //!
 //! ```text
@@ -42,6 +42,8 @@ pub enum Form {
     Int8 {
         /// With the sums of every block of 16 to 256 inputs, not of 256 only.
         sums: bool,
+        /// Up to so many tokens are best multiplied as weights are decoded, where the instruction set says the same.
+        direct: usize,
         /// For products that matrix tiles are worth it for: those of so many tokens and more.
         tiles: Option<usize>,
     },
@@ -86,6 +88,7 @@ fn kernels(isa: Isa, form: Form, tokens: usize) -> Isa {
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     least: usize,
+    alone: usize,
     tile: usize,
     /// Up to so many tokens are one tile of a power of two.
     direct: usize,
@@ -171,6 +174,7 @@ impl Acts {
             isa: Isa::Scalar,
             shape: Shape {
                 least: 1,
+                alone: 1,
                 tile: 4,
                 direct: 0,
                 pairs: false,
@@ -197,8 +201,15 @@ impl Acts {
     pub fn reserve(&mut self, isa: Isa, input: &Input, tokens: usize) -> Result<()> {
         self.isa = kernels(isa, input.form, tokens);
         self.shape = dispatch(self.isa, ShapeOf);
-        if tokens <= self.shape.direct && matches!(input.form, Form::Int8 { .. }) {
+        self.shape.direct = match input.form {
+            Form::Int8 { direct, .. } => self.shape.direct.min(direct),
+            Form::F32 => 0,
+        };
+        if tokens <= self.shape.direct {
             self.shape.tile = tokens.next_power_of_two();
+            self.shape.least = self.shape.tile;
+        } else if tokens < self.shape.tile {
+            self.shape.least = self.shape.alone;
         }
         self.tokens = tokens;
         if self.input != *input {
@@ -247,6 +258,11 @@ impl Acts {
     /// Rows.
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// Whether they are so few that weights are best multiplied as they are decoded; then they are one tile.
+    pub(crate) fn are_few(&self) -> bool {
+        self.tokens <= self.shape.direct
     }
 
     /// The instruction set whose kernels may read this.
@@ -398,6 +414,7 @@ impl SimdOp for ShapeOf {
     fn eval<S: Simd>(self, _: S) -> Shape {
         Shape {
             least: S::LEAST,
+            alone: S::ALONE,
             tile: S::TILE,
             direct: S::DIRECT,
             pairs: S::PAIRS,

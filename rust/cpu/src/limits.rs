@@ -173,7 +173,7 @@ impl Multiply {
     fn tiles<S: Simd>(&self, s: S) -> usize {
         let (weights, acts) = ([[Vector([1; 64]); INPUTS / 4]; 2], [[1u8; INPUTS]; TOKENS]);
         let mut sums = MaybeUninit::uninit();
-        s.begin_products(INPUTS);
+        s.begin_products(INPUTS, TOKENS);
         for _ in 0..self.rounds / PRODUCT {
             let (weights, acts) = black_box((&weights, &acts));
             let weights = weights.each_ref().map(|panel| panel.as_ptr().cast());

@@ -80,8 +80,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const PAIRS: bool;
     /// Inputs of one token that lie together in a tile of activations: 4, or what one step of [`Simd::product`] takes.
     const RUN: usize = 4;
-    /// Tokens of the smallest matrix-matrix tile.
+    /// Tokens of the smallest matrix-matrix tile behind others.
     const LEAST: usize = 1;
+    /// Tokens of the smallest one where there are no others.
+    const ALONE: usize = Self::LEAST;
     /// Tokens of a matrix-matrix tile.
     const TILE: usize;
     /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
@@ -292,10 +294,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn scale(self, _: Self::Weights, _: Self::I32) -> [Self::Weights; 2] {
         unreachable!("weights are scaled for matrix tiles")
     }
-    /// Before the products of a piece of work on this thread: whatever [`Simd::product`] needs set up. Each will be over so many inputs: less than
-    /// [`Simd::RUN`], or any number of runs.
+    /// Before the products of a piece of work on this thread: whatever [`Simd::product`] needs set up. Each will be over so many inputs, less than
+    /// [`Simd::RUN`] or any number of runs, by tiles of so many tokens, or of [`Simd::LEAST`] and more.
     #[inline(always)]
-    fn begin_products(self, _inputs: usize) {}
+    fn begin_products(self, _inputs: usize, _tokens: usize) {}
     /// After them.
     #[inline(always)]
     fn end_products(self) {}

@@ -318,7 +318,7 @@ impl SimdOp for Products<'_> {
                         ($m, 1) if const { S::LEAST <= $m && $m <= S::TILE && !S::STORED } => {
                             Some(self.at::<S, 1, $m>(s))
                         }
-                        ($m, 2) if const { S::LEAST <= $m && $m <= S::TILE && S::PANELS == 2 } => {
+                        ($m, 2) if const { S::ALONE <= $m && $m <= S::TILE && S::PANELS == 2 } => {
                             Some(self.at::<S, 2, $m>(s))
                         }
                     )*
@@ -375,7 +375,7 @@ impl Products<'_> {
         }
         let from = std::array::from_fn(|p| weights[p].as_ptr().cast());
         let mut sums = MaybeUninit::uninit();
-        s.begin_products(self.groups.len() * 4);
+        s.begin_products(self.groups.len() * 4, M);
         // SAFETY: weights and activations are there for all of `groups`, and products have begun.
         let sums = unsafe {
             s.product::<P, M>(from, tile.as_ptr(), self.groups, start, &mut sums);

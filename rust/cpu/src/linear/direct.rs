@@ -26,8 +26,20 @@ macro_rules! vectors {
     })* };
 }
 
-/// Panels `panels` for the few tokens of `tile`. False when there is no such kernel: `tiles.rs` has all of them, this file those
-/// that people use (ladders up to 7 bits, tables up to 4, linear codebooks).
+/// Tokens up to which there are kernels here, where [`Simd::DIRECT`] is as large. `tiles.rs` has all kinds, this file those that people use:
+/// ladders up to 7 bits, tables up to 4, linear codebooks; more tokens than 4 with what `quantize` makes.
+pub(super) fn most(decoder: &Decoder, scale: &Scale) -> usize {
+    match (decoder.bits, decoder.method) {
+        (..=7, Method::Ladder(32)) => 16,
+        (7, Method::Linear { .. }) if !scale.wants_sums() => 16,
+        // 16 tokens by 8 bits are faster as tiles.
+        (8, Method::Linear { .. }) if !scale.wants_sums() => 8,
+        (..=6, Method::Ladder(_)) | (..=4, Method::Table) | (_, Method::Linear { .. }) => 4,
+        _ => 0,
+    }
+}
+
+/// Panels `panels` for the few tokens of `tile`, at most [`most`].
 #[inline(always)]
 pub(super) fn run<S: Simd>(
     s: S,
@@ -37,7 +49,7 @@ pub(super) fn run<S: Simd>(
     tile: &Tile,
     panels: Range<usize>,
     out: Out<'_>,
-) -> bool {
+) {
     let job = Job {
         decoder,
         source,
@@ -58,7 +70,7 @@ pub(super) fn run<S: Simd>(
                 1 => run!(Wide, $D, 4, 1),
                 2 => run!(Wide, $D, 2, 2),
                 4 if const { S::DIRECT >= 4 } => run!(Wide, $D, 1, 4),
-                _ => return false,
+                n => unreachable!("{n} tokens"),
             }
         };
     }
@@ -66,7 +78,9 @@ pub(super) fn run<S: Simd>(
         ($D:ty) => {
             match tile.padded {
                 8 if const { S::DIRECT >= 8 } => run!(Wide, $D, 1, 8),
-                16 if const { S::DIRECT >= 16 } => run!(Wide, $D, 1, 16),
+                16 if const { S::DIRECT >= 16 && <$D as Decode<S>>::BITS < 8 } => {
+                    run!(Wide, $D, 1, 16)
+                }
                 _ => wide!($D),
             }
         };
@@ -75,7 +89,6 @@ pub(super) fn run<S: Simd>(
         ($bits:literal, $block:expr) => {
             match $block {
                 16 => wide!(LadderDecode<S, $bits, 16>),
-                // More tokens only with the blocks that `quantize` makes.
                 32 if s.single::<$bits>() => wider!(LadderDecode<S, $bits, 32, true>),
                 32 => wider!(LadderDecode<S, $bits, 32>),
                 _ => wide!(LadderDecode<S, $bits, 64>),
@@ -88,16 +101,19 @@ pub(super) fn run<S: Simd>(
                 1 => run!(Blocks, $D, $block, 1),
                 2 => run!(Blocks, $D, $block, 2),
                 4 if const { S::DIRECT >= 4 } => run!(Blocks, $D, $block, 4),
-                _ => return false,
+                n => unreachable!("{n} tokens"),
             }
         };
     }
     macro_rules! blocks {
         ($D:ty) => {
+            blocks!($D, wide)
+        };
+        ($D:ty, $wide:ident) => {
             match scale.block {
                 16 => block!($D, 16),
                 32 => block!($D, 32),
-                _ if !scale.wants_sums() => wide!($D),
+                _ if !scale.wants_sums() => $wide!($D),
                 _ => block!($D, 64),
             }
         };
@@ -114,11 +130,10 @@ pub(super) fn run<S: Simd>(
         (4, Method::Table) => blocks!(TableDecode<S, 4>),
         (5, Method::Linear { .. }) => blocks!(LinearDecode<S, 5>),
         (6, Method::Linear { .. }) => blocks!(LinearDecode<S, 6>),
-        (7, Method::Linear { .. }) => blocks!(LinearDecode<S, 7>),
-        (8, Method::Linear { .. }) => blocks!(LinearDecode<S, 8>),
-        _ => return false,
+        (7, Method::Linear { .. }) => blocks!(LinearDecode<S, 7>, wider),
+        (8, Method::Linear { .. }) => blocks!(LinearDecode<S, 8>, wider),
+        (bits, method) => unreachable!("{bits} bits, {method:?}"),
     }
-    true
 }
 
 /// What a kernel works on.

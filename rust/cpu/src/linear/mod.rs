@@ -101,14 +101,18 @@ impl Matrix {
                         };
                         let scale = Scale::of(k);
                         let decoder = Decoder::new(Book::new(k.bits(), codebook, ladder), k);
-                        let (sums, tiles) = (scale.wants_sums(), scale.tiles_from());
+                        let form = Form::Int8 {
+                            sums: scale.wants_sums(),
+                            direct: direct::most(&decoder, &scale),
+                            tiles: scale.tiles_from(decoder.bits),
+                        };
                         (
                             Store::Codes {
                                 weight: k.clone(),
                                 decoder,
                                 scale,
                             },
-                            Form::Int8 { sums, tiles },
+                            form,
                         )
                     }
                     _ => (Store::Floats(k.clone()), Form::F32),
@@ -301,21 +305,20 @@ impl SimdOp for Codes<'_> {
     const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        if const { S::DIRECT > 0 } && self.acts.tokens() <= S::DIRECT {
-            let (tile, panels) = (self.acts.tile(0), self.panels.clone());
-            if direct::run(
+        if const { S::DIRECT > 0 } && self.acts.are_few() {
+            let tile = self.acts.tile(0);
+            direct::run(
                 s,
                 &self.source,
                 self.decoder,
                 self.scale,
                 tile,
-                panels,
+                self.panels,
                 self.out,
-            ) {
-                return;
-            }
+            );
+        } else {
+            tiles::run(s, self);
         }
-        tiles::run(s, self);
     }
 }
 

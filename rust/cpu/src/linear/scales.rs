@@ -56,10 +56,11 @@ impl Scale {
         !matches!(self.kind, Kind::Wide)
     }
 
-    /// Tokens from which matrix tiles, of 16 of them, are faster than reading every weight once and decoding it in registers (`docs/performance.md`,
-    /// *AMX*). Blocks of 32 inputs under floats fill half a tile; those of 16 would fill a quarter.
-    pub(super) fn tiles_from(&self) -> Option<usize> {
+    /// Tokens from which matrix tiles are faster than reading every weight once and decoding it in registers (`docs/performance.md`, *AMX*). Blocks of
+    /// 32 inputs under floats fill half a tile; those of 16 would fill a quarter.
+    pub(super) fn tiles_from(&self, bits: usize) -> Option<usize> {
         match self.step() {
+            SUPER if self.ladder > 0 && bits <= 4 => Some(3),
             64.. => Some(5),
             32 => Some(9),
             _ => None,

@@ -67,10 +67,15 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
             }
         };
     }
-    s.begin_products(scale.step());
+    // All there is: a small tile behind others lies where theirs do.
+    let first = job.acts.tile(0).padded;
+    s.begin_products(scale.step(), first);
     match S::TILE {
-        // All there is: a small tile behind others lies where theirs do.
-        32 if const { S::TILE == 32 } && job.acts.tile(0).padded == 16 => tiles!(16),
+        32 if const { S::TILE == 32 } && first == 4 => tiles!(4),
+        32 if const { S::TILE == 32 } && first == 6 => tiles!(6),
+        32 if const { S::TILE == 32 } && first == 8 => tiles!(8),
+        32 if const { S::TILE == 32 } && first == 12 => tiles!(12),
+        32 if const { S::TILE == 32 } && first == 16 => tiles!(16),
         4 if const { S::TILE == 4 } => tiles!(4),
         6 if const { S::TILE == 6 } => tiles!(6),
         12 if const { S::TILE == 12 } => tiles!(12),
@@ -111,10 +116,8 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             Self::STAGED / side
         };
         let stage = side * together * Self::SUPER_BYTES / 64;
-        // Up to `Simd::DIRECT` tokens are one tile, which may be larger than others.
-        let places = M.max(job.acts.tile(0).padded);
-        let band = tiles.len().min(RESULTS / 64 / (side * places));
-        let lines = stage + band * side * places;
+        let band = tiles.len().min(RESULTS / 64 / (side * M));
+        let lines = stage + band * side * M;
         // Out of its place meanwhile: what a closure holds is not always compiled for the instruction set.
         let mut scratch = SCRATCH.take();
         if scratch.len() < lines {
@@ -126,7 +129,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             together,
             stage: stage.as_mut_ptr().cast(),
             results: results.as_mut_ptr().cast(),
-            places,
         };
         let unpack = dispatch(S::ISA, Find(job.decoder));
         for first in tiles.clone().step_by(band) {
@@ -153,10 +155,8 @@ pub(super) struct Room<S: Simd> {
     together: usize,
     /// Their decoded super-blocks.
     pub stage: *mut u8,
-    /// \[tile\]\[panel\]\[places\].
+    /// \[tile\]\[panel\]\[M\].
     results: *mut S::F32,
-    /// Results of a tile and panel at most.
-    places: usize,
 }
 
 impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bool>
@@ -185,7 +185,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 .stage
                 .wrapping_add(partner * together * Self::SUPER_BYTES);
         }
-        let per_tile = room.side * room.places;
+        let per_tile = room.side * M;
         for n in 0..tiles.len() * per_tile {
             // SAFETY: there are so many.
             unsafe { room.results.add(n).write(s.splat(0.0)) }
@@ -244,7 +244,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 for set in (0..panels.len()).step_by(P) {
                     place.panels.copy_from_slice(&at[set..set + P]);
                     place.weights.copy_from_slice(&weights[set..set + P]);
-                    let y = room.results.wrapping_add(t * per_tile + set * room.places);
+                    let y = room.results.wrapping_add(t * per_tile + set * M);
                     // SAFETY: weights are those of these super-blocks; the tile has room for its results.
                     unsafe { self.multiply(&place, y, &mut late) }
                     place.ahead = place.ahead.wrapping_add(P * layout.panel_bytes);
@@ -257,7 +257,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             let tile = job.acts.tile(number);
             for n in 0..panels.len() {
                 let (set, p) = (n / P * P, n % P);
-                let y = t * per_tile + set * room.places + p * tile.padded;
+                let y = t * per_tile + set * M + p * tile.padded;
                 // SAFETY: the tile's results are there, and `Matrix::run` has this part of the output to itself.
                 unsafe {
                     let y = std::slice::from_raw_parts(room.results.add(y), tile.tokens);
@@ -294,7 +294,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             macro_rules! rest {
                 ($($n:literal)*) => {
                     match place.tile.padded {
-                        $($n if const { exists::<S>($n) } => s.run(Rest::<S, P, $n, BLOCK>(place, y)),)*
+                        $($n if const { S::LEAST <= $n && $n < S::TILE } => s.run(Rest::<S, P, $n, BLOCK>(place, y)),)*
                         n => unreachable!("a tile of {n} tokens"),
                     }
                 };
@@ -302,11 +302,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             rest!(1 2 4 6 8 12 16);
         }
     }
-}
-
-/// Whether the instruction set has tiles of `tokens` tokens: those of many, and the only one of a few.
-const fn exists<S: Simd>(tokens: usize) -> bool {
-    S::LEAST <= tokens && (tokens < S::TILE || tokens <= S::DIRECT && tokens.is_power_of_two())
 }
 
 /// A tile by some super-blocks of `P` panels.
@@ -347,35 +342,14 @@ impl<S: Simd, const P: usize, const N: usize, const BLOCK: usize> SimdOp
                 late.settle();
             } else if BLOCK < SUPER {
                 place.blocks::<N, BLOCK>(&mut *y.cast());
-            } else if N <= S::TILE {
-                place.wide(&mut *y.cast::<[[S::F32; N]; P]>());
             } else {
-                // Too many for sums of panels side by side.
-                for p in 0..P {
-                    place.one(p).wide(&mut *y.cast::<[[S::F32; N]; 1]>().add(p));
-                }
+                place.wide(&mut *y.cast::<[[S::F32; N]; P]>());
             }
         }
     }
 }
 
 impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
-    /// One of its panels.
-    fn one(&self, panel: usize) -> Place<'a, S, 1> {
-        Place {
-            s: self.s,
-            scale: self.scale,
-            layout: self.layout,
-            tile: self.tile,
-            supers: self.supers.clone(),
-            panels: [self.panels[panel]],
-            weights: [self.weights[panel]],
-            apart: self.apart,
-            ahead: self.ahead.wrapping_add(panel * self.layout.panel_bytes),
-            lines: self.lines,
-        }
-    }
-
     /// Asks for what comes later, at an even pace: with super-block `sup`.
     #[inline(always)]
     pub(super) fn ask(&self, sup: usize) {

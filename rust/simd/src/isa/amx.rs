@@ -8,7 +8,7 @@
 //!
 //! | registers | what |
 //! |---|---|
-//! | `tmm0`, `tmm1` | C of the first panel: tokens 0..16, 16..32 |
+//! | `tmm0`, `tmm1` | C of the first panel: tokens 0..16, 16..32; of fewer than 16 they have as many rows |
 //! | `tmm2`, `tmm3` | C of the second panel |
 //! | `tmm4`, `tmm5` | A: tokens 0..16, 16..32 |
 //! | `tmm6`, `tmm7` | B of the first and the second panel |
@@ -25,6 +25,8 @@ use crate::{LANES, Simd, SimdOp};
 
 /// Rows of a tile: tokens of A and C, code vectors of B.
 pub(super) const ROWS: usize = 16;
+/// Of the lowest A and C in use. Products take as many cycles as A has rows.
+pub(super) const ALONE: usize = 4;
 /// Inputs of a step, bytes of a row.
 pub(super) const STEP: usize = 64;
 
@@ -39,21 +41,18 @@ struct Config {
 }
 
 impl Config {
-    /// Eight tiles as the table above names them, A and B of so many inputs.
-    const fn of(inputs: u8) -> Self {
-        let (a, b) = (inputs as u16, inputs / 4);
+    /// Eight tiles as the table above names them: A and B of so many inputs, A and C of so many tokens.
+    fn of(inputs: usize, tokens: usize) -> Self {
+        let (a, b, n) = (inputs as u16, (inputs / 4) as u8, tokens as u8);
         Self {
             palette: 1,
             start_row: 0,
             reserved: [0; 14],
             row_bytes: [64, 64, 64, 64, a, a, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-            rows: [16, 16, 16, 16, 16, 16, b, b, 0, 0, 0, 0, 0, 0, 0, 0],
+            rows: [n, n, n, n, n, n, b, b, 0, 0, 0, 0, 0, 0, 0, 0],
         }
     }
 }
-
-static WHOLE: Config = Config::of(STEP as u8);
-static HALF: Config = Config::of(STEP as u8 / 2);
 
 /// Declares all tile registers as overwritten.
 macro_rules! tiles {
@@ -68,20 +67,16 @@ macro_rules! tiles {
     };
 }
 
-/// Gives this thread's tiles their shapes, for products of `inputs` inputs: 32, or a multiple of 64.
+/// Gives this thread's tiles their shapes, for products of `inputs` inputs, 32 or a multiple of 64, and so many tokens.
 ///
 /// # Safety
 /// The process may use AMX.
 #[inline(always)]
-pub(super) unsafe fn configure(inputs: usize) {
+pub(super) unsafe fn configure(inputs: usize, tokens: usize) {
     debug_assert!(inputs == STEP / 2 || inputs.is_multiple_of(STEP));
-    let config = if inputs < STEP {
-        &raw const HALF
-    } else {
-        &raw const WHOLE
-    };
+    let config = Config::of(inputs.min(STEP), tokens.min(ROWS));
     // SAFETY: as the caller says; the operand has the 64 bytes and the values that the instruction wants.
-    unsafe { tiles!("ldtilecfg [{config}]"; config = in(reg) config,) }
+    unsafe { tiles!("ldtilecfg [{config}]"; config = in(reg) &raw const config,) }
 }
 
 /// Back to the state of a thread that never used tiles, which costs nothing to switch from.
@@ -94,7 +89,7 @@ pub(super) unsafe fn release() {
     unsafe { tiles!("tilerelease";) }
 }
 
-/// Sums of 16 or 32 tokens by two panels: zero.
+/// Sums of the tokens of one tile or two by two panels: zero.
 ///
 /// # Safety
 /// [`configure`] was called.
@@ -102,7 +97,7 @@ pub(super) unsafe fn release() {
 pub(super) unsafe fn zero<const M: usize>() {
     // SAFETY: as the caller says.
     unsafe {
-        if M == ROWS {
+        if M <= ROWS {
             tiles!("tilezero tmm0" "tilezero tmm2";);
         } else {
             tiles!("tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3";);
@@ -120,7 +115,7 @@ pub(super) unsafe fn add<const P: usize, const M: usize>(
     acts: *const u8,
     groups: Range<usize>,
 ) {
-    assert!(P == 2 && (M == ROWS || M == 2 * ROWS));
+    assert!(P == 2 && (M <= ROWS || M == 2 * ROWS));
     // Half a step is all of a product, and the only one that may begin within a step.
     let (step, within) = (groups.start / ROWS, groups.start % ROWS);
     let steps = groups.len().div_ceil(ROWS);
@@ -138,12 +133,13 @@ pub(super) unsafe fn add<const P: usize, const M: usize>(
                 d = inout(reg) weights[1] => _,
                 n = inout(reg) steps => _,
                 s = in(reg) STEP,
+                t = in(reg) STEP * M,
             )
         };
     }
     // SAFETY: the caller says that all of it is readable.
     unsafe {
-        if M == ROWS {
+        if M <= ROWS {
             add!(
                 "2:"
                 "tileloadd tmm4, [{a} + {s}*1]"
@@ -151,7 +147,7 @@ pub(super) unsafe fn add<const P: usize, const M: usize>(
                 "tdpbssd tmm0, tmm4, tmm6"
                 "tileloadd tmm7, [{d} + {s}*1]"
                 "tdpbssd tmm2, tmm4, tmm7"
-                "add {a}, 1024"
+                "add {a}, {t}"
                 "add {b}, 1024"
                 "add {d}, 1024"
                 "dec {n}"
@@ -168,7 +164,7 @@ pub(super) unsafe fn add<const P: usize, const M: usize>(
                 "tileloadd tmm5, [{a} + {s}*1 + 1024]"
                 "tdpbssd tmm1, tmm5, tmm6"
                 "tdpbssd tmm3, tmm5, tmm7"
-                "add {a}, 2048"
+                "add {a}, {t}"
                 "add {b}, 1024"
                 "add {d}, 1024"
                 "dec {n}"
@@ -188,11 +184,12 @@ pub(super) unsafe fn store<const P: usize, const M: usize>(
 ) {
     // SAFETY: `sums` is C as the tiles lie, `[P][M]` rows of 64 bytes.
     unsafe {
-        if M == ROWS {
+        if M <= ROWS {
             tiles!(
                 "tilestored [{c} + {s}*1], tmm0"
-                "tilestored [{c} + {s}*1 + 1024], tmm2" ;
+                "tilestored [{d} + {s}*1], tmm2" ;
                 c = in(reg) sums.as_mut_ptr(),
+                d = in(reg) sums.as_mut_ptr().cast::<[__m512i; M]>().wrapping_add(1),
                 s = in(reg) STEP,
             );
         } else {
@@ -305,7 +302,9 @@ impl SimdOp for Check {
         let sizes = [0..STEPS * ROWS, ROWS..2 * ROWS];
         let halves = [0..ROWS / 2, ROWS + ROWS / 2..2 * ROWS];
         (sizes.into_iter().chain(halves)).all(|groups| {
-            check::<S, ROWS>(s, groups.clone()) && check::<S, { 2 * ROWS }>(s, groups)
+            check::<S, ALONE>(s, groups.clone())
+                && check::<S, ROWS>(s, groups.clone())
+                && check::<S, { 2 * ROWS }>(s, groups)
         })
     }
 }
@@ -327,7 +326,7 @@ fn check<S: Simd, const M: usize>(s: S, groups: Range<usize>) -> bool {
         [[(); STEPS * ROWS]; 2].map(|panel| panel.map(|()| Vector([(); STEP].map(|()| byte()))));
     let acts = [[[(); STEP]; M]; STEPS].map(|step| step.map(|row| row.map(|()| byte())));
     let mut sums = MaybeUninit::uninit();
-    s.begin_products(groups.len() * 4);
+    s.begin_products(groups.len() * 4, M);
     // SAFETY: there are `STEPS` steps of weights and activations, and products have begun.
     let sums = unsafe {
         let from = weights

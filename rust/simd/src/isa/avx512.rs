@@ -93,6 +93,7 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
     const PAIRS: bool = false;
     const RUN: usize = if LEVEL == AMX { amx::STEP } else { 4 };
     const LEAST: usize = if LEVEL == AMX { amx::ROWS } else { 1 };
+    const ALONE: usize = if LEVEL == AMX { amx::ALONE } else { 1 };
     const TILE: usize = if LEVEL == AMX { 2 * amx::ROWS } else { 12 };
     const PANELS: usize = 2;
     const STORED: bool = LEVEL == AMX;
@@ -527,9 +528,9 @@ impl<const LEVEL: u8> Simd for Token<LEVEL> {
         }
     }
     #[inline(always)]
-    fn begin_products(self, inputs: usize) {
+    fn begin_products(self, inputs: usize, tokens: usize) {
         if const { LEVEL == AMX } {
-            unsafe { amx::configure(inputs) }
+            unsafe { amx::configure(inputs, tokens) }
         }
     }
     #[inline(always)]

@@ -349,7 +349,7 @@ impl<S: Simd, const P: usize, const N: usize, const BLOCK: usize> SimdOp
     }
 }
 
-impl<'a, S: Simd, const P: usize> Place<'a, S, P> {
+impl<S: Simd, const P: usize> Place<'_, S, P> {
     /// Asks for what comes later, at an even pace: with super-block `sup`.
     #[inline(always)]
     pub(super) fn ask(&self, sup: usize) {

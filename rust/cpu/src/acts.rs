@@ -1,7 +1,8 @@
 //! Input rows as matrices want them: int8 with one scale per 256 inputs (`docs/numerics.md` section 2), or f32.
 //!
-//! A few tokens (up to [`Simd::DIRECT`], where the matrix has kernels for them) are one tile, more are grouped in tiles of [`Simd::TILE`]; the last tile may be smaller. Sizes are rounded up to
-//! one that kernels exist for (missing tokens are zero). Within a tile of n tokens everything that one step of a kernel reads lies together:
+//! A few tokens (up to [`Simd::DIRECT`], where the matrix has kernels for them) are one tile, more are grouped in tiles of [`Simd::TILE`]; the last
+//! tile may be smaller. Sizes are rounded up to one that kernels exist for (missing tokens are zero). Within a tile of n tokens everything that one
+//! step of a kernel reads lies together:
 //!
 //! ```text
 //! int8     [inputs / run][n][run]      i8, run = 4 or what Simd::RUN says; or i16, run = 4 in the order 0, 2, 1, 3, where the
@@ -84,14 +85,13 @@ fn kernels(isa: Isa, form: Form, tokens: usize) -> Isa {
     }
 }
 
-/// What the layout needs to know of an instruction set.
+/// How so many tokens lie for an instruction set.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
+    /// All are one tile, of a power of two, for kernels that decode weights as they multiply.
+    few: bool,
     least: usize,
-    alone: usize,
     tile: usize,
-    /// Up to so many tokens are one tile of a power of two.
-    direct: usize,
     pairs: bool,
     bias: bool,
 }
@@ -173,10 +173,9 @@ impl Acts {
         Ok(Self {
             isa: Isa::Scalar,
             shape: Shape {
+                few: false,
                 least: 1,
-                alone: 1,
                 tile: 4,
-                direct: 0,
                 pairs: false,
                 bias: false,
             },
@@ -200,17 +199,7 @@ impl Acts {
     /// [`Error::Memory`] without room, [`Error::Argument`] for sizes past the address space.
     pub fn reserve(&mut self, isa: Isa, input: &Input, tokens: usize) -> Result<()> {
         self.isa = kernels(isa, input.form, tokens);
-        self.shape = dispatch(self.isa, ShapeOf);
-        self.shape.direct = match input.form {
-            Form::Int8 { direct, .. } => self.shape.direct.min(direct),
-            Form::F32 => 0,
-        };
-        if tokens <= self.shape.direct {
-            self.shape.tile = tokens.next_power_of_two();
-            self.shape.least = self.shape.tile;
-        } else if tokens < self.shape.tile {
-            self.shape.least = self.shape.alone;
-        }
+        self.shape = dispatch(self.isa, ShapeOf(input.form, tokens));
         self.tokens = tokens;
         if self.input != *input {
             self.input = input.clone();
@@ -262,7 +251,7 @@ impl Acts {
 
     /// Whether they are so few that weights are best multiplied as they are decoded; then they are one tile.
     pub(crate) fn are_few(&self) -> bool {
-        self.tokens <= self.shape.direct
+        self.shape.few
     }
 
     /// The instruction set whose kernels may read this.
@@ -406,17 +395,28 @@ impl Acts {
     }
 }
 
-struct ShapeOf;
+/// Of so many tokens.
+struct ShapeOf(Form, usize);
+
 impl SimdOp for ShapeOf {
     type Output = Shape;
     const TILES: bool = true;
     #[inline(always)]
     fn eval<S: Simd>(self, _: S) -> Shape {
+        let Self(form, tokens) = self;
+        let few = matches!(form, Form::Int8 { direct, .. } if tokens <= direct.min(S::DIRECT));
+        let (least, tile) = if few {
+            let all = tokens.next_power_of_two();
+            (all, all)
+        } else if tokens < S::TILE {
+            (S::ALONE, S::TILE)
+        } else {
+            (S::LEAST, S::TILE)
+        };
         Shape {
-            least: S::LEAST,
-            alone: S::ALONE,
-            tile: S::TILE,
-            direct: S::DIRECT,
+            few,
+            least,
+            tile,
             pairs: S::PAIRS,
             bias: S::BIAS != 0,
         }

@@ -67,19 +67,16 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
             }
         };
     }
-    // All there is: a small tile behind others lies where theirs do.
+    // A matrix tile that is all there is may be small; one behind others lies where theirs do.
     let first = job.acts.tile(0).padded;
     s.begin_products(scale.step(), first);
-    match S::TILE {
-        32 if const { S::TILE == 32 } && first == 4 => tiles!(4),
-        32 if const { S::TILE == 32 } && first == 6 => tiles!(6),
-        32 if const { S::TILE == 32 } && first == 8 => tiles!(8),
-        32 if const { S::TILE == 32 } && first == 12 => tiles!(12),
-        32 if const { S::TILE == 32 } && first == 16 => tiles!(16),
-        4 if const { S::TILE == 4 } => tiles!(4),
-        6 if const { S::TILE == 6 } => tiles!(6),
-        12 if const { S::TILE == 12 } => tiles!(12),
-        32 if const { S::TILE == 32 } => tiles!(32),
+    match if S::STORED { first } else { S::TILE } {
+        4 if const { S::STORED || S::TILE == 4 } => tiles!(4),
+        6 if const { S::STORED || S::TILE == 6 } => tiles!(6),
+        8 if const { S::STORED } => tiles!(8),
+        12 if const { S::STORED || S::TILE == 12 } => tiles!(12),
+        16 if const { S::STORED } => tiles!(16),
+        32 if const { S::STORED } => tiles!(32),
         n => unreachable!("tiles of {n} tokens"),
     }
     s.end_products();

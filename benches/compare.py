@@ -31,7 +31,7 @@ from pathlib import Path
 
 import peers
 import shapes
-from ours import BATCH_TURNS, BATCHES, DEPTH, TURNS
+from ours import BATCH_STEPS, BATCH_TURNS, BATCHES, DEPTH, TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -41,8 +41,6 @@ DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
 DECODES = 3
 """Further passes of every round, at most, that measure decode only."""
-BATCH_DECODES = 1
-"""The same, of batches."""
 SMALL = {"load", "first_token", "peak", "resident", "read", "near", "far"}
 """Figures of which the least counts; of `beside` it is the median, of others the largest."""
 
@@ -172,8 +170,8 @@ class Bench:
             found = json.loads(ran.output.splitlines()[-1])
             return {key: value for key, value in found.items() if not isinstance(value, str)}
 
-        decodes = {"speed": decodes, "batch": BATCH_DECODES}.get(what, 0)
-        return self.row(name, near, measure, rounds, decodes)
+        again = decodes if what in ("speed", "batch") else 0
+        return self.row(name, near, measure, rounds, again)
 
     def llama(self, kind: str, variant: str = "native") -> Row:
         """llama.cpp on the file of type `kind`; variant: native, avx2, no_amx."""
@@ -209,7 +207,7 @@ class Bench:
         """llama.cpp's Q4_0 in batches."""
         sizes = BATCHES * BATCH_TURNS
         return peers.llama_batch(
-            self.peer.native, self.files["Q4_0"], self.threads, sizes, self.timeout
+            self.peer.native, self.files["Q4_0"], self.threads, sizes, BATCH_STEPS, self.timeout
         )
 
     def mistral(self) -> Row:
@@ -502,7 +500,7 @@ def batch(b: Bench) -> Render:
             "llama.cpp Q4_0, batches",
             "batches",
             lambda _: b.llama_batches(),
-            decodes=BATCH_DECODES,
+            decodes=DECODES,
         ),
     ]
 
@@ -625,7 +623,7 @@ def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:
         "",
         f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}, PyTorch {peers.TORCH}; best of "
         f"{rounds} interleaved rounds{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + b.decodes} passes of "
-        f"decode each ({1 + min(BATCH_DECODES, b.decodes)} of batches) of {TURNS} turns ({BATCH_TURNS}), "
+        f"decode each of {TURNS} turns ({BATCH_TURNS} of batches), "
         f"{minutes:.0f} minutes.",
         f"Limits, before each pass and after each round: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} "
         f"GB/s (middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth "

@@ -24,6 +24,9 @@ TURNS = 4
 """Decodes of every engine in one pass: a shared machine reads memory at other speeds from second to second."""
 BATCH_TURNS = 2
 """The same, of every number of sequences."""
+BATCH_STEPS = 32
+"""Tokens of each sequence in a turn: 16 sequences take up to 7 times as long as one, and of few long turns none is
+undisturbed where one sequence finds its second."""
 
 
 def read(path: Path) -> dict[str, float]:
@@ -86,10 +89,11 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
         decode()
         out["prefill"] = prefill_at_depth()
     elif what == "batch":
+        run([16] * max(BATCHES), 4)
         for n in BATCHES * BATCH_TURNS:
-            run([16] * n, 4)
             # Each sequence's own rate: the first may have waited while the prompts of others were read.
-            rate = sum(64 / r.decode_seconds for r in run([16] * n, 65))
+            requests = run([16] * n, 1 + BATCH_STEPS)
+            rate = sum(BATCH_STEPS / r.decode_seconds for r in requests)
             out[f"batch{n}"] = max(rate, out.get(f"batch{n}", 0.0))
     out["isa"] = kbit.isa()
     out["resident"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -271,11 +271,11 @@ def llama_start(binaries: Path, model: Path, threads: int, timeout: float) -> di
 
 
 def llama_batch(
-    binaries: Path, model: Path, threads: int, batches: Sequence[int], timeout: float
+    binaries: Path, model: Path, threads: int, batches: Sequence[int], steps: int, timeout: float
 ) -> dict[str, float]:
     """Generated tokens/s of each number of sequences together, at best, as batch1, batch2 and so on."""
     ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160),
-              "-npp", "16", "-ntg", "64", "-npl", ",".join(map(str, batches)), "--output-format", "jsonl",
+              "-npp", "16", "-ntg", str(steps), "-npl", ",".join(map(str, batches)), "--output-format", "jsonl",
               timeout=timeout)  # fmt: skip
     rows = [json.loads(line) for line in ran.output.splitlines() if line.startswith("{")]
     rows.sort(key=lambda row: row["speed_tg"])  # of the same number the last, the best, stays

@@ -1,9 +1,10 @@
 """One measurement of PyTorch in bfloat16, in a process of its own; `compare.py` starts it.
 
-    python benches/beside_torch.py FOLDER THREADS
+    python benches/beside_torch.py FOLDER THREADS PROMPTS
 
 Runs a Llama model (`shapes.py`) with the functions PyTorch has for its parts, in the way its users write them: no
-framework around it that could cost time. Prints one line of JSON: tokens/s of a prompt of 512, at best, and of decode.
+framework around it that could cost time. Prints one line of JSON: tokens/s of the best of so many prompts of
+512, and of decode.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 Weights = dict[str, torch.Tensor]
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, (heads, positions, head_dim)."""
-TURNS = 3
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def main() -> None:
     rng = torch.Generator().manual_seed(1)
     rates = []
     with torch.inference_mode():
-        for _ in range(1 + TURNS):
+        for _ in range(1 + int(sys.argv[3])):
             ids = torch.randint(300, 2000, (512,), generator=rng)
             start = time.perf_counter()
             logits = last_logits(w, config, [], ids)

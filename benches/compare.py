@@ -5,10 +5,10 @@
 
 writes benches/results/<date>-<shape>.md, anew after every round. Random weights of a real shape are written once as a
 Hugging Face directory and as GGUF; kbit quantises the one, llama-quantize the other; the first run also builds
-llama.cpp. Engines run one after the other in every round, and the best round counts for each figure. Decode, which
-memory bounds, has several passes a round and several turns a pass, and what runs on the same type of file runs side
-by side: a shared machine reads memory two or three times as fast in one second as in the next. kbit's share of the
-bandwidth is that of the middle pass, decode over plain reading between two decodes of one process. A peer that cannot
+llama.cpp. Engines run one after the other in every round, with several turns of what takes seconds, and the best
+counts for each figure; what runs on the same type of file runs side by side: a shared machine reads memory and
+multiplies two or three times as fast in one second as in the next. kbit's share of the bandwidth is that of the
+middle round, decode over plain reading between two decodes of one process. A peer that cannot
 be had ends the run. A measurement that fails or takes too long is not repeated: its reason stands below the tables,
 which say "failed" where no round gave a figure, and the exit code is 1. Use an idle machine: engines whose threads
 wait for each other take minutes on a busy one. 30 GB of disk, 8 GB of memory.
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import peers
 import shapes
-from ours import BATCH_STEPS, BATCH_TURNS, BATCHES, DEPTH, TURNS
+from ours import BATCH_STEPS, BATCH_TURNS, BATCHES, DEPTH, PROMPTS, TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -39,8 +39,6 @@ NEAREST = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_0", 5: "Q5_K_M", 6: "Q6_K", 7: "Q8_0",
 SAME_FILE = ("Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 DEEP_ROUNDS = 2
 """Rounds of what is measured at depth: every one reads 4096 tokens several times."""
-DECODES = 3
-"""Further passes of every round, at most, that measure decode only."""
 SMALL = {"load", "first_token", "peak", "resident", "read", "near", "far"}
 """Figures of which the least counts; of `beside` it is the median, of others the largest."""
 
@@ -49,29 +47,25 @@ Measures = dict[str, float]
 
 @dataclass
 class Row:
-    """One engine on one file: every figure in every pass."""
+    """One engine on one file: every figure in every round."""
 
     name: str
     near: str
     """Type of the file, next to whose others it runs."""
-    measure: Callable[[bool], Measures]
-    """Told whether only decode is wanted."""
+    measure: Callable[[], Measures]
     rounds: int
-    decodes: int
     found: dict[str, list[float]] = field(default_factory=dict)
     failed: str = ""
 
-    def again(self, decode_only: bool) -> None:
-        """Another pass."""
+    def again(self) -> None:
+        """Another round."""
         try:
-            measured = self.measure(decode_only)
+            measured = self.measure()
         except peers.Failed as error:
             self.failed = str(error)
             return
         for key, value in measured.items():
-            # What a pass for decode only says of memory or the start is not that of a whole one.
-            if not decode_only or key in {"decode", "beside"} or key.startswith("batch"):
-                self.found.setdefault(key, []).append(value)
+            self.found.setdefault(key, []).append(value)
 
     def __getitem__(self, key: str) -> float:
         """A figure; not a number where there is none."""
@@ -93,22 +87,20 @@ FILL = "import sys, numpy; numpy.full(int(sys.argv[1]), 1, numpy.uint8)"
 """Writes to so many bytes of fresh memory, in huge pages."""
 
 
-def warm(model: Path, started: bool = True) -> None:
+def warm(model: Path) -> None:
     """Makes the machine ready for an engine that loads this file or folder.
 
-    Reads the files, as the system may have dropped them from its cache for others. Where it is timed how long the
-    engine takes to start, four times as much memory, more than any engine has at its peak, is taken and given back (of
-    what is free at most half): a virtual machine that returned free memory to its host gets it again at less than
-    1 GB/s.
+    Reads the files, as the system may have dropped them from its cache for others. Then four times as much memory,
+    more than any engine has at its peak, is taken and given back (of what is free at most half): a virtual machine
+    that returned free memory to its host gets it again at less than 1 GB/s.
     """
     size = 0
     for file in [model] if model.is_file() else model.iterdir():
         with file.open("rb") as data:
             while part := data.read(1 << 24):
                 size += len(part)
-    if started:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        peers.run(sys.executable, "-c", FILL, str(min(4 * size, free // 2)), timeout=600)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    peers.run(sys.executable, "-c", FILL, str(min(4 * size, free // 2)), timeout=600)
 
 
 @dataclass
@@ -124,11 +116,10 @@ class Bench:
     peer: peers.Peers
     threads: int
     rounds: int
-    decodes: int
     timeout: float
     rows: dict[str, Row] = field(default_factory=dict)
     reads: list[float] = field(default_factory=list)
-    """GB/s before every pass."""
+    """GB/s before every round and after the last."""
     peak: float = 0.0
     """TOPS: what the machine can do."""
 
@@ -137,17 +128,9 @@ class Bench:
         """GB/s at best."""
         return max(self.reads)
 
-    def row(
-        self,
-        name: str,
-        near: str,
-        measure: Callable[[bool], Measures],
-        rounds: int = 99,
-        decodes: int = 0,
-    ) -> Row:
+    def row(self, name: str, near: str, measure: Callable[[], Measures], rounds: int = 99) -> Row:
         """The row of that name."""
-        row = Row(name, near, measure, min(rounds, self.rounds), min(decodes, self.decodes))
-        return self.rows.setdefault(name, row)
+        return self.rows.setdefault(name, Row(name, near, measure, min(rounds, self.rounds)))
 
     def kbit(
         self,
@@ -157,21 +140,18 @@ class Bench:
         what: str = "speed",
         isa: str = "",
         rounds: int = 99,
-        decodes: int = DECODES,
     ) -> Row:
         """kbit in a process of its own; see `ours.py`."""
 
-        def measure(decode_only: bool) -> Measures:
+        def measure() -> Measures:
             script = Path(__file__).with_name("ours.py")
-            asked = "decode" if decode_only and what == "speed" else what
-            warm(model, not decode_only)
-            ran = peers.run(sys.executable, script, model, str(self.threads), asked, str(time.time()),
+            warm(model)
+            ran = peers.run(sys.executable, script, model, str(self.threads), what, str(time.time()),
                             timeout=self.timeout, env={"KBIT_ISA": isa})  # fmt: skip
             found = json.loads(ran.output.splitlines()[-1])
             return {key: value for key, value in found.items() if not isinstance(value, str)}
 
-        again = decodes if what in ("speed", "batch") else 0
-        return self.row(name, near, measure, rounds, again)
+        return self.row(name, near, measure, rounds)
 
     def llama(self, kind: str, variant: str = "native") -> Row:
         """llama.cpp on the file of type `kind`; variant: native, avx2, no_amx."""
@@ -183,13 +163,13 @@ class Bench:
             + {"native": "", "avx2": ", AVX2 build", "no_amx": ", built without AMX"}[variant]
         )
 
-        def measure(decode_only: bool) -> Measures:
-            prompt = 0 if decode_only else 512
+        def measure() -> Measures:
+            file = self.files[kind]
             return peers.llama_bench(
-                binaries, self.files[kind], self.threads, self.timeout, prompt=prompt, turns=TURNS
+                binaries, file, self.threads, self.timeout, prompts=PROMPTS, turns=TURNS
             )
 
-        return self.row(name, kind, measure, decodes=DECODES)
+        return self.row(name, kind, measure)
 
     def llama_start(self, kind: str) -> Measures:
         """A process of llama.cpp that only loads and reads 8 ids."""
@@ -213,13 +193,14 @@ class Bench:
     def mistral(self) -> Row:
         """mistral.rs on Q4_K_M."""
 
-        def measure(decode_only: bool) -> Measures:
-            what = "decode" if decode_only else "speed"
+        def measure() -> Measures:
             file = self.files["Q4_K_M"]
-            warm(file, not decode_only)
-            return peers.mistral(self.peer, file, self.threads, what, self.timeout, TURNS)
+            warm(file)
+            return peers.mistral(
+                self.peer, file, self.threads, "speed", self.timeout, prompts=PROMPTS, turns=TURNS
+            )
 
-        return self.row("mistral.rs Q4_K_M", "Q4_K_M", measure, decodes=DECODES)
+        return self.row("mistral.rs Q4_K_M", "Q4_K_M", measure)
 
     def mistral_deep(self) -> Measures:
         """The same behind many tokens."""
@@ -230,11 +211,11 @@ class Bench:
         return self.row(
             "PyTorch bf16",
             "bf16",
-            lambda _: peers.torch(self.peer, self.source, self.threads, self.timeout),
+            lambda: peers.torch(self.peer, self.source, self.threads, PROMPTS, self.timeout),
         )
 
     def measure(self, done: Callable[[int], None]) -> None:
-        """Every row once a round, decode more often, the limits of the machine before each pass and after the last.
+        """Every row once a round, the limits of the machine before each and after the last.
 
         `done` is told how many rounds there were, after each.
         """
@@ -242,17 +223,16 @@ class Bench:
         kinds = list(dict.fromkeys(row.near for row in self.rows.values()))
         rows = sorted(self.rows.values(), key=lambda row: kinds.index(row.near))
         for turn in range(most):
-            for again in range(1 + self.decodes):
+            if not turn:
                 self.limits()
-                for row in rows:
-                    if turn >= row.rounds or again > row.decodes or row.failed:
-                        continue
-                    start = time.monotonic()
-                    row.again(decode_only=again > 0)
-                    took = f"{time.monotonic() - start:.1f} s"
-                    note = f"failed: {row.failed}" if row.failed else took
-                    what = row.name + (", decode" if again else "")
-                    print(f"round {turn + 1}/{most}: {what}: {note}", file=sys.stderr, flush=True)
+            for row in rows:
+                if turn >= row.rounds or row.failed:
+                    continue
+                start = time.monotonic()
+                row.again()
+                took = f"{time.monotonic() - start:.1f} s"
+                note = f"failed: {row.failed}" if row.failed else took
+                print(f"round {turn + 1}/{most}: {row.name}: {note}", file=sys.stderr, flush=True)
             self.limits()
             done(turn + 1)
 
@@ -344,14 +324,14 @@ def memory(b: Bench) -> Render:
         for bits, path in b.saved.items()
     }
     bare = {
-        bits: b.kbit(f"kbit {bits} bits from ids", near[bits], without_tokenizer(path), decodes=0)
+        bits: b.kbit(f"kbit {bits} bits from ids", near[bits], without_tokenizer(path), "start")
         for bits, path in b.saved.items()
     }
     kinds = ("Q4_0", "Q4_K_M")
     theirs = {
         kind: (
             b.llama(kind),
-            b.row(f"llama.cpp {kind}, start", kind, lambda _, kind=kind: b.llama_start(kind)),
+            b.row(f"llama.cpp {kind}, start", kind, lambda kind=kind: b.llama_start(kind)),
         )
         for kind in kinds
     }
@@ -472,13 +452,11 @@ def depth(b: Bench) -> Render:
     theirs = [
         b.row(f"llama.cpp Q4_0 at depth, {how}", near, measure, DEEP_ROUNDS)
         for how, measure in (
-            ("flash attention", lambda _: b.llama_deep("on")),
-            ("no flash attention", lambda _: b.llama_deep("off")),
+            ("flash attention", lambda: b.llama_deep("on")),
+            ("no flash attention", lambda: b.llama_deep("off")),
         )
     ]
-    theirs.append(
-        b.row("mistral.rs Q4_K_M at depth", near, lambda _: b.mistral_deep(), DEEP_ROUNDS)
-    )
+    theirs.append(b.row("mistral.rs Q4_K_M at depth", near, b.mistral_deep, DEEP_ROUNDS))
 
     def render() -> list[str]:
         read = ours["nbytes"] + b.shape.kv_bytes() * (DEPTH + 64)
@@ -496,12 +474,7 @@ def batch(b: Bench) -> Render:
     rows = [
         b.kbit("kbit 4 bits, batches", "batches", b.saved[4], "batch"),
         b.kbit("kbit 4 bits, batches, avx2", "batches", b.saved[4], "batch", "avx2"),
-        b.row(
-            "llama.cpp Q4_0, batches",
-            "batches",
-            lambda _: b.llama_batches(),
-            decodes=DECODES,
-        ),
+        b.row("llama.cpp Q4_0, batches", "batches", b.llama_batches),
     ]
 
     def render() -> list[str]:
@@ -607,7 +580,6 @@ def prepare(args: argparse.Namespace, parts: list[str]) -> Bench:
         peer,
         args.threads,
         args.rounds,
-        args.decodes,
         args.timeout,
     )
 
@@ -622,12 +594,11 @@ def report(b: Bench, renders: list[Render], rounds: int, minutes: float) -> str:
         *b.peer.notes,
         "",
         f"llama-cpp-python {peers.LLAMA_CPP}, mistral.rs {peers.MISTRALRS}, PyTorch {peers.TORCH}; best of "
-        f"{rounds} interleaved rounds{planned}, {min(rounds, DEEP_ROUNDS)} at depth, with {1 + b.decodes} passes of "
-        f"decode each of {TURNS} turns ({BATCH_TURNS} of batches), "
-        f"{minutes:.0f} minutes.",
-        f"Limits, before each pass and after each round: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} "
+        f"{rounds} interleaved rounds{planned}, {min(rounds, DEEP_ROUNDS)} at depth, each of {PROMPTS} prompts, "
+        f"{TURNS} decodes and {BATCH_TURNS} of batches, {minutes:.0f} minutes.",
+        f"Limits, before the first round and after each: memory was read at {min(b.reads):.1f} to {b.bandwidth:.1f} "
         f"GB/s (middle {statistics.median(b.reads):.1f}), int8 peaked at {b.peak:.2f} TOPS. Shares of the bandwidth "
-        "are those of the middle pass, each of the plain or prefetched read (1 GiB, best of five) between two decodes "
+        "are those of the middle round, each of the plain or prefetched read (1 GiB, best of five) between two decodes "
         "of one process; shares of its best are the best decode over the best read of the whole run.",
         "",
     ]
@@ -649,14 +620,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
     ask.add_argument("--threads", type=int, default=min(4, cores))
     ask.add_argument(
-        "--rounds", type=int, default=3, help=f"default 3; at depth at most {DEEP_ROUNDS}"
-    )
-    ask.add_argument(
-        "--decodes",
-        type=int,
-        default=DECODES,
-        choices=range(DECODES + 1),
-        help=f"further passes of a round that measure decode only; default {DECODES}",
+        "--rounds", type=int, default=4, help=f"default 4; at depth at most {DEEP_ROUNDS}"
     )
     ask.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS), choices=WIDTHS)
     ask.add_argument(

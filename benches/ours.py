@@ -2,8 +2,8 @@
 
     python benches/ours.py MODEL THREADS WHAT STARTED
 
-`WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (load and one
-token), speed, decode (the half of it), depth or batch; `STARTED` is the clock when the process was asked for. Prints
+`WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (loading, a token
+and a prompt), speed, depth or batch; `STARTED` is the clock when the process was asked for. Prints
 one line of JSON: seconds, tokens/s at best, bytes, and `beside`: tokens for every byte that the machine could have
 read in plain loops between two decodes.
 """
@@ -21,7 +21,9 @@ import numpy as np
 DEPTH = 4096
 BATCHES = (1, 2, 4, 8, 16)
 TURNS = 4
-"""Decodes of every engine in one pass: a shared machine reads memory at other speeds from second to second."""
+"""Decodes of every engine in one round: a shared machine reads memory at other speeds from second to second."""
+PROMPTS = 3
+"""Prompts, likewise: it multiplies at other speeds too."""
 BATCH_TURNS = 2
 """The same, of every number of sequences."""
 BATCH_STEPS = 32
@@ -73,17 +75,18 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
     run([8], 1)
     out["first_token"] = time.time() - started
     # Ids of the prompt that is decoded behind, and how often before the machine is measured.
-    context, turns = (8, TURNS // 2) if what in ("speed", "decode") else (DEPTH, 1)
+    context, turns = (8, TURNS // 2) if what == "speed" else (DEPTH, 1)
     rates = []
 
     def decode() -> None:
         rates.extend(128 / run([context], 129)[0].decode_seconds for _ in range(turns))
 
-    if what in ("speed", "decode"):
+    if what == "start":
+        run([512], 1)
+    elif what == "speed":
         run([64], 8)
-        if what == "speed":
-            run([512], 1)  # every engine has read a prompt of that size before
-            out["prefill"] = 512 / run([512], 1)[0].prompt_seconds
+        run([512], 1)  # every engine has read a prompt of that size before
+        out["prefill"] = max(512 / run([512], 1)[0].prompt_seconds for _ in range(PROMPTS))
         decode()
     elif what == "depth":
         decode()

@@ -244,19 +244,17 @@ def llama_bench(
     *,
     depth: int = 0,
     flash: str = "auto",
-    prompt: int = 512,
+    prompts: int = 1,
     turns: int = 2,
 ) -> dict[str, float]:
-    """Tokens/s of `prompt` tokens, if any, and of 128 generated ones after `depth` tokens.
+    """Tokens/s of 512 tokens and of 128 generated ones after `depth` tokens.
 
-    The best of `turns` repetitions of decode, as kbit's is, and one of the prompt, after a warm-up.
+    The best of so many `prompts` and `turns` of decode, as kbit's are, after a warm-up.
     """
     out: dict[str, float] = {}
     peak = 0
-    for name, prompts, new, often in (("prefill", prompt, 0, 1), ("decode", 0, 128, turns)):
-        if not prompts + new:
-            continue
-        ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", str(prompts), "-n", str(new),
+    for name, prompt, new, often in (("prefill", 512, 0, prompts), ("decode", 0, 128, turns)):
+        ran = run(binaries / "llama-bench", "-m", model, "-t", str(threads), "-p", str(prompt), "-n", str(new),
                   "-d", str(depth), "-fa", flash, "-r", str(often), "-o", "json", timeout=timeout)  # fmt: skip
         out[name] = max(json.loads(ran.output)[0]["samples_ts"])
         peak = max(peak, ran.peak)
@@ -287,7 +285,7 @@ def llama_batch(
 MISTRAL = """
 import json, resource, sys, time
 from mistralrs import CompletionRequest, Runner, Which
-path, what, started, turns = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+path, what, started, prompts, turns = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 folder, _, file = path.rpartition("/")
 start = time.perf_counter()
 which = Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file)
@@ -306,9 +304,9 @@ def rate(tokens, seconds):
     return tokens / max(seconds, 1e-3)  # it counts in milliseconds
 if what != "depth":
     ask(100, 64, 8)
-    if what == "speed":
-        ask(150, 512, 1)
-        out["prefill"] = rate(512, ask(200, 512, 1).total_prompt_time_sec)
+    ask(150, 512, 1)
+    read = [ask(200 + 10 * n, 512, 1).total_prompt_time_sec for n in range(prompts)]
+    out["prefill"] = rate(512, min(read))
     out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in range(300, 300 + 50 * turns, 50))
 else:
     near, far = ask(400, 4096, 129), ask(500, 4096 + 512, 1)
@@ -320,9 +318,16 @@ print(json.dumps(out))
 
 
 def mistral(
-    peers: Peers, model: Path, threads: int, what: str, timeout: float, turns: int = 1
+    peers: Peers,
+    model: Path,
+    threads: int,
+    what: str,
+    timeout: float,
+    *,
+    prompts: int = 1,
+    turns: int = 1,
 ) -> dict[str, float]:
-    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, decode (the best of `turns`), or depth for decode once.
+    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, the best of so many, or depth for decode once.
 
     Depth also gives the seconds of a prompt of 4096 tokens (`near`) and of 512 more (`far`).
     """
@@ -331,7 +336,7 @@ def mistral(
         "CANDLE_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
-    ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), str(turns),
+    ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), str(prompts), str(turns),
               timeout=timeout, env=env)  # fmt: skip
     lines = [line for line in ran.output.splitlines() if line.startswith("{")]
     if not lines:
@@ -339,8 +344,10 @@ def mistral(
     return dict(json.loads(lines[-1]))
 
 
-def torch(peers: Peers, model: Path, threads: int, timeout: float) -> dict[str, float]:
-    """Tokens/s of PyTorch in bfloat16 on a Hugging Face directory."""
+def torch(
+    peers: Peers, model: Path, threads: int, prompts: int, timeout: float
+) -> dict[str, float]:
+    """Tokens/s of PyTorch in bfloat16 on a Hugging Face directory, the best of so many prompts."""
     script = Path(__file__).with_name("beside_torch.py")
-    ran = run(peers.python, script, model, str(threads), timeout=timeout)
+    ran = run(peers.python, script, model, str(threads), str(prompts), timeout=timeout)
     return dict(json.loads(ran.output.splitlines()[-1]))

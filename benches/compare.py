@@ -1,6 +1,6 @@
 """kbit beside llama.cpp, mistral.rs and PyTorch on the same machine, in one run.
 
-    python benches/compare.py                                           all of the 1B shape, some 80 minutes
+    python benches/compare.py                                           all of the 1B shape, some 90 minutes
     python benches/compare.py --shape 0.5B --bits 4 --only widths isas  some 10 minutes
 
 writes benches/results/<date>-<shape>.md, anew after every round. Random weights of a real shape are written once as a
@@ -8,10 +8,10 @@ Hugging Face directory and as GGUF; kbit quantises the one, llama-quantize the o
 llama.cpp. Engines run one after the other in every round, with several turns of what takes seconds, and the best
 counts for each figure; what runs on the same type of file runs side by side: a shared machine reads memory and
 multiplies two or three times as fast in one second as in the next. kbit's share of the bandwidth is that of the
-middle round, decode over plain reading between two decodes of one process. A peer that cannot
-be had ends the run. A measurement that fails or takes too long is not repeated: its reason stands below the tables,
-which say "failed" where no round gave a figure, and the exit code is 1. Use an idle machine: engines whose threads
-wait for each other take minutes on a busy one. 30 GB of disk, 8 GB of memory.
+middle round, decode over plain reading between two decodes of one process. A peer that cannot be had ends the run. A
+measurement that fails or takes too long is not repeated: its reason stands below the tables, which say "failed" where
+no round gave a figure, and the exit code is 1. Use an idle machine: engines whose threads wait for each other take
+minutes on a busy one. 30 GB of disk, 8 GB of memory.
 """
 
 from __future__ import annotations

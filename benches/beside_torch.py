@@ -3,8 +3,8 @@
     python benches/beside_torch.py FOLDER THREADS PROMPTS
 
 Runs a Llama model (`shapes.py`) with the functions PyTorch has for its parts, in the way its users write them: no
-framework around it that could cost time. Prints one line of JSON: tokens/s of the best of so many prompts of
-512, and of decode.
+framework around it that could cost time. Prints one line of JSON: tokens/s of the best of so many prompts of 512,
+and of decode.
 """
 
 from __future__ import annotations

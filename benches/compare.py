@@ -119,7 +119,7 @@ class Bench:
     timeout: float
     rows: dict[str, Row] = field(default_factory=dict)
     reads: list[float] = field(default_factory=list)
-    """GB/s before every round and after the last."""
+    """GB/s before the first round and after each."""
     peak: float = 0.0
     """TOPS: what the machine can do."""
 
@@ -215,16 +215,15 @@ class Bench:
         )
 
     def measure(self, done: Callable[[int], None]) -> None:
-        """Every row once a round, the limits of the machine before each and after the last.
+        """Every row once a round, the limits of the machine before the first and after each.
 
         `done` is told how many rounds there were, after each.
         """
         most = max(row.rounds for row in self.rows.values())
         kinds = list(dict.fromkeys(row.near for row in self.rows.values()))
         rows = sorted(self.rows.values(), key=lambda row: kinds.index(row.near))
+        self.limits()
         for turn in range(most):
-            if not turn:
-                self.limits()
             for row in rows:
                 if turn >= row.rounds or row.failed:
                     continue

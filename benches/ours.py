@@ -3,9 +3,9 @@
     python benches/ours.py MODEL THREADS WHAT STARTED
 
 `WHAT` is read (the bytes of a saved model into fresh memory, what loading is compared with), start (loading, a token
-and a prompt), speed, depth or batch; `STARTED` is the clock when the process was asked for. Prints
-one line of JSON: seconds, tokens/s at best, bytes, and `beside`: tokens for every byte that the machine could have
-read in plain loops between two decodes.
+and a prompt), speed, depth or batch; `STARTED` is the clock when the process was asked for. Prints one line of JSON:
+seconds, tokens/s at best, bytes, and `beside`: tokens for every byte that the machine could have read in plain loops
+between two decodes.
 """
 
 from __future__ import annotations

@@ -153,6 +153,14 @@ class Bench:
 
         return self.row(name, near, measure, rounds)
 
+    def isas(self) -> tuple[str, list[str]]:
+        """The instruction set kbit chooses here, and all it has here."""
+        ask = "import kbit, json; print(json.dumps([kbit.isa(), kbit.isas()]))"
+        chosen, found = json.loads(
+            peers.run(sys.executable, "-c", ask, timeout=self.timeout).output
+        )
+        return chosen, found
+
     def llama(self, kind: str, variant: str = "native") -> Row:
         """llama.cpp on the file of type `kind`; variant: native, avx2, no_amx."""
         binaries: Path = getattr(self.peer, variant)
@@ -205,6 +213,13 @@ class Bench:
     def mistral_deep(self) -> Measures:
         """The same behind many tokens."""
         return peers.mistral(self.peer, self.files["Q4_K_M"], self.threads, "depth", self.timeout)
+
+    def mistral_batches(self) -> Measures:
+        """The same in batches."""
+        return peers.mistral(
+            self.peer, self.files["Q4_K_M"], self.threads, "batch", self.timeout,
+            batches=BATCHES * BATCH_TURNS, steps=BATCH_STEPS,
+        )  # fmt: skip
 
     def torch(self) -> Row:
         """PyTorch on the weights before quantisation, in bfloat16."""
@@ -408,8 +423,7 @@ def files(b: Bench) -> Render:
 
 def isas(b: Bench) -> Render:
     """k = 4 on older instruction sets against builds of llama.cpp for them."""
-    ask = "import kbit, json; print(json.dumps([kbit.isa(), kbit.isas()]))"
-    chosen, found = json.loads(peers.run(sys.executable, "-c", ask, timeout=b.timeout).output)
+    chosen, found = b.isas()
 
     def ours(isa: str) -> Row | None:
         if isa not in found:
@@ -470,20 +484,30 @@ def depth(b: Bench) -> Render:
 
 def batch(b: Bench) -> Render:
     """Several sequences together."""
-    rows = [
-        b.kbit("kbit 4 bits, batches", "batches", b.saved[4], "batch"),
-        b.kbit("kbit 4 bits, batches, avx2", "batches", b.saved[4], "batch", "avx2"),
-        b.row("llama.cpp Q4_0, batches", "batches", b.llama_batches),
-    ]
+    near = "batches"
+    chosen, found = b.isas()
+    rows: dict[str, Row | None] = {
+        f"kbit 4 bits, {isa}": b.kbit(
+            f"kbit 4 bits, batches, {isa}", near, b.saved[4], "batch", isa
+        )
+        if isa in found
+        else None
+        for isa in dict.fromkeys((chosen, "amx", "avx512vbmi", "avx2"))
+    }
+    rows["llama.cpp Q4_0"] = b.row("llama.cpp Q4_0, batches", near, b.llama_batches)
+    rows["mistral.rs Q4_K_M"] = b.row("mistral.rs Q4_K_M, batches", near, b.mistral_batches)
 
     def render() -> list[str]:
         lines = []
-        for row in rows:
+        for name, row in rows.items():
+            if row is None:
+                lines.append([name, "not measured", *[""] * (len(BATCHES) - 1)])
+                continue
             each = [row[f"batch{size}"] for size in BATCHES]
-            lines.append([row.name, *(f"{n(x)} ({n(x / each[0], 2)})" for x in each)])
+            lines.append([name, *(f"{n(x)} ({n(x / each[0], 2)})" for x in each)])
         head = ["", *map(str, BATCHES)]
         return [
-            "## Batched decode, k = 4 against Q4_0: all tokens/s (times one sequence)",
+            "## Batched decode, all tokens/s (times one sequence)",
             "",
             *table(head, lines),
         ]

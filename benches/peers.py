@@ -281,33 +281,41 @@ def llama_batch(
 
 
 # Prompts share no beginning and nothing is kept of them, so that every one is read whole. Seconds are those of its own
-# usage record.
+# usage record. Sequences together are choices of one request, as a Runner takes one at a time; their prompt is one
+# token, as prompts of several are an error in batches on CPUs ("input tensor is not contiguous").
 MISTRAL = """
 import json, resource, sys, time
 from mistralrs import CompletionRequest, Runner, Which
-path, what, started, prompts, turns = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+path, what, started, prompts, turns, batches, steps = json.loads(sys.argv[1])
 folder, _, file = path.rpartition("/")
 start = time.perf_counter()
 which = Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file)
 runner = Runner(which=which, prefix_cache_n=0)
 out = {"load": time.perf_counter() - start}
-def ask(first, tokens, new):
+def ask(first, tokens, new, n=1):
     text = " ".join(f"w{(first + i) % 1500}" for i in range(tokens))
-    request = CompletionRequest(prompt=text, model="default", max_tokens=new, temperature=0.0)
-    usage = runner.send_completion_request(request).usage
-    got = usage.prompt_tokens, usage.completion_tokens
-    assert abs(got[0] - tokens) < 4 and got[1] == new, got
+    request = CompletionRequest(
+        prompt=text, model="default", max_tokens=new, temperature=0.0, n_choices=n, best_of=n)
+    answer = runner.send_completion_request(request)
+    usage = answer.usage
+    got = usage.prompt_tokens, usage.completion_tokens, len(answer.choices)
+    assert abs(got[0] - tokens) < 4 and got[1:] == (new, n), got
     return usage
 ask(1, 8, 1)
 out["first_token"] = time.time() - started
 def rate(tokens, seconds):
     return tokens / max(seconds, 1e-3)  # it counts in milliseconds
-if what != "depth":
+if what == "speed":
     ask(100, 64, 8)
     ask(150, 512, 1)
     read = [ask(200 + 10 * n, 512, 1).total_prompt_time_sec for n in range(prompts)]
     out["prefill"] = rate(512, min(read))
     out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in range(300, 300 + 50 * turns, 50))
+elif what == "batch":
+    ask(100, 1, 8, max(batches))
+    for i, n in enumerate(batches):
+        speed = rate(n * steps, ask(600 + i, 1, 1 + steps, n).total_completion_time_sec)
+        out[f"batch{n}"] = max(speed, out.get(f"batch{n}", 0.0))
 else:
     near, far = ask(400, 4096, 129), ask(500, 4096 + 512, 1)
     out |= {"near": near.total_prompt_time_sec, "far": far.total_prompt_time_sec}
@@ -326,18 +334,20 @@ def mistral(
     *,
     prompts: int = 1,
     turns: int = 1,
+    batches: Sequence[int] = (),
+    steps: int = 0,
 ) -> dict[str, float]:
-    """Tokens/s of mistral.rs on a GGUF file: `what` is speed, the best of so many, or depth for decode once.
+    """Tokens/s of mistral.rs on a GGUF file: `what` is speed (the best of so many), depth (decode once) or batch.
 
-    Depth also gives the seconds of a prompt of 4096 tokens (`near`) and of 512 more (`far`).
+    Depth also gives the seconds of a prompt of 4096 tokens (`near`) and of 512 more (`far`); batch is as `llama_batch`.
     """
     env = {
         "RAYON_NUM_THREADS": str(threads),
         "CANDLE_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
-    ran = run(peers.python, "-c", MISTRAL, model, what, str(time.time()), str(prompts), str(turns),
-              timeout=timeout, env=env)  # fmt: skip
+    asked = [str(model), what, time.time(), prompts, turns, list(batches), steps]
+    ran = run(peers.python, "-c", MISTRAL, json.dumps(asked), timeout=timeout, env=env)
     lines = [line for line in ran.output.splitlines() if line.startswith("{")]
     if not lines:
         raise Failed(f"mistral.rs on {model.name} printed no result: {ran.output[-1000:]}")

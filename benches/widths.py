@@ -12,31 +12,26 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 import kbit
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache/compare"
+ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = range(2, 9)
 PROMPT = 512
 NEW = 16
 
 
-def timed(model: kbit.Model, prompt: int, new: int) -> tuple[float, float]:
-    """Seconds to the first token behind `prompt` random ones, and of `new` after it."""
+def run(model: kbit.Model, prompt: int, new: int) -> kbit._core.Request:
+    """A request that has read `prompt` random tokens and made `new`; it knows its seconds."""
     ids = np.random.default_rng().integers(300, 2000, prompt, dtype=np.uint32)
-    start = time.perf_counter()
-    request = model.engine.submit(ids, max_new_tokens=1 + new, temperature=0.0)
-    first = request.wait(60.0)
-    at = time.perf_counter()
-    made = len(first or ())
+    request, made = model.engine.submit(ids, max_new_tokens=new, temperature=0.0), 0
     while (tokens := request.wait(60.0)) is not None:
         made += len(tokens)
-    assert made == 1 + new, made
-    return at - start, time.perf_counter() - at
+    assert made == new, made
+    return request
 
 
 def main() -> int:
@@ -47,8 +42,9 @@ def main() -> int:
     ask.add_argument("--shape", default="1B", help="of compare.py (default: %(default)s)")
     ask.add_argument("--turns", type=int, default=20, help="default: %(default)s, about 11 s each")
     ask.add_argument("--threads", type=int, default=None, help="default: what kbit takes")
+    ask.add_argument("--cache", type=Path, default=ROOT / ".cache/compare", help="of compare.py")
     args = ask.parse_args()
-    paths = {k: CACHE / f"{args.shape}-kbit{k}-ids" for k in WIDTHS}
+    paths = {k: args.cache / f"{args.shape}-kbit{k}-ids" for k in WIDTHS}
     if missing := [k for k, path in paths.items() if not path.is_dir()]:
         ask.error(
             f"no saved models of k = {missing}: run benches/compare.py --shape {args.shape} first"
@@ -57,13 +53,13 @@ def main() -> int:
         k: kbit.load(path, threads=args.threads, context=2 * PROMPT) for k, path in paths.items()
     }
     for model in models.values():
-        timed(model, 8, 1)
+        run(model, 8, 1)
     prefill = {k: np.zeros(args.turns) for k in WIDTHS}
     decode = {k: np.zeros(args.turns) for k in WIDTHS}
     for turn in range(args.turns):
         for k in random.sample(WIDTHS, len(WIDTHS)):
-            prefill[k][turn] = PROMPT / timed(models[k], PROMPT, 0)[0]
-            decode[k][turn] = NEW / timed(models[k], 8, NEW)[1]
+            prefill[k][turn] = PROMPT / run(models[k], PROMPT, 1).prompt_seconds
+            decode[k][turn] = NEW / run(models[k], 8, 1 + NEW).decode_seconds
     print(
         f"{args.shape}, {args.turns} turns, {models[4].engine.threads} threads; kbit {kbit.__version__}\n"
     )

@@ -269,11 +269,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Adds, per row, the exact dot product of its four weights and the four activations. Weights count as unsigned under
     /// [`Simd::BIAS`].
     fn dot(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32;
-    /// The same, arranged for many independent sums, as in [`Simd::product`].
-    #[inline(always)]
-    fn dot_of_tile(self, acc: Self::I32, w: Self::Weights, a: Self::Acts) -> Self::I32 {
-        self.dot(acc, w, a)
-    }
     /// Two neighbouring code vectors to memory, in the order [`Simd::product`] reads them.
     ///
     /// # Safety
@@ -308,7 +303,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `[inputs / RUN][M][RUN]` (see [`Simd::PAIRS`]). `start` is zero without [`Simd::BIAS`].
     ///
     /// # Safety
-    /// Both are readable for `groups`, which starts and ends at multiples of 4 inputs and of what [`Simd::begin_products`] was told, or of
+    /// Both are readable for `groups`, which starts and ends at multiples of 8 inputs and of what [`Simd::begin_products`] was told, or of
     /// [`Simd::RUN`]; weights are 64-byte aligned. It runs before [`Simd::end_products`].
     #[inline(always)]
     unsafe fn product<const P: usize, const M: usize>(
@@ -361,7 +356,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn prefetch_far(self, at: *const u8);
 }
 
-/// [`Simd::product`] by [`Simd::dot_of_tile`], where activations lie by four.
+/// [`Simd::product`] by [`Simd::dot`], where activations lie by four.
 ///
 /// # Safety
 /// As [`Simd::product`].
@@ -389,7 +384,7 @@ pub(crate) unsafe fn multiply<S: Simd, const P: usize, const M: usize>(
             // SAFETY: as the caller says.
             let a = unsafe { s.acts(acts.add(n * four)) };
             for p in 0..P {
-                dots[p][n] = s.dot_of_tile(dots[p][n], w[p], a);
+                dots[p][n] = s.dot(dots[p][n], w[p], a);
             }
         }
         acts = acts.wrapping_add(four * M);

@@ -197,21 +197,6 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             let first = stage * together;
             let end = layout.supers.min(first + together);
             let chunks = first * 4..layout.chunks.min(end * 4);
-            for n in 0..panels.len() {
-                let to = weights[n].cast_mut();
-                // SAFETY: a panel of the matrix; the stage has room for so much.
-                unsafe {
-                    unpack(
-                        job.decoder,
-                        layout,
-                        at[n],
-                        chunks.clone(),
-                        scaled,
-                        Coming::NOTHING,
-                        to,
-                    );
-                }
-            }
             let coming = stage + AHEAD / together;
             let (later, coming) = (coming / stages * room.side, coming % stages * together);
             let coming = job
@@ -221,11 +206,22 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
                 .source
                 .ahead(panels.start + later)
                 .wrapping_add(coming.start);
+            // Lines of each panel: as many beside decoding as with a tile, so many with every super-block of one.
             let lines = coming.len().div_ceil(64);
-            // So many with every tile and super-block.
-            let share = lines.div_ceil(tiles.len() * (end - first));
+            let early = lines / (tiles.len() + 1);
+            let share = (lines - early).div_ceil(tiles.len() * (end - first));
+            for n in 0..panels.len() {
+                let to = weights[n].cast_mut();
+                let coming = Coming {
+                    next: ahead.wrapping_add(n * layout.panel_bytes),
+                    lines: early,
+                };
+                let chunks = chunks.clone();
+                // SAFETY: a panel of the matrix; the stage has room for so much.
+                unsafe { unpack(job.decoder, layout, at[n], chunks, scaled, coming, to) }
+            }
             for (t, number) in tiles.clone().enumerate() {
-                let asked = t * share * (end - first);
+                let asked = early + t * share * (end - first);
                 let mut place = Place {
                     s,
                     scale: job.scale,

@@ -26,14 +26,6 @@ pub(super) struct Coming {
     pub lines: usize,
 }
 
-impl Coming {
-    /// None.
-    pub(super) const NOTHING: Self = Self {
-        next: std::ptr::null(),
-        lines: 0,
-    };
-}
-
 /// Decodes some chunks of a panel: to an address that is 64-byte aligned and has room for 16 weight vectors a chunk.
 pub(super) type Unpacker =
     unsafe fn(&Decoder, &KLayout, *const u8, Range<usize>, Option<Scaled<'_>>, Coming, *mut u8);

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import peers
 import shapes
-from ours import BATCH_STEPS, BATCH_TURNS, BATCHES, DEPTH, PROMPTS, TURNS
+from ours import BATCH_TURNS, BATCHES, DEPTH, PROMPTS, TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -193,9 +193,8 @@ class Bench:
 
     def llama_batches(self) -> Measures:
         """llama.cpp's Q4_0 in batches."""
-        sizes = BATCHES * BATCH_TURNS
         return peers.llama_batch(
-            self.peer.native, self.files["Q4_0"], self.threads, sizes, BATCH_STEPS, self.timeout
+            self.peer.native, self.files["Q4_0"], self.threads, BATCHES, BATCH_TURNS, self.timeout
         )
 
     def mistral(self) -> Row:
@@ -218,7 +217,7 @@ class Bench:
         """The same in batches."""
         return peers.mistral(
             self.peer, self.files["Q4_K_M"], self.threads, "batch", self.timeout,
-            batches=BATCHES * BATCH_TURNS, steps=BATCH_STEPS,
+            turns=BATCH_TURNS, batches=BATCHES,
         )  # fmt: skip
 
     def torch(self) -> Row:

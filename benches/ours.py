@@ -24,11 +24,16 @@ TURNS = 4
 """Decodes of every engine in one round: a shared machine reads memory at other speeds from second to second."""
 PROMPTS = 3
 """Prompts, likewise: it multiplies at other speeds too."""
-BATCH_TURNS = 2
+BATCH_TURNS = 4
 """The same, of every number of sequences."""
-BATCH_STEPS = 32
-"""Tokens of each sequence in a turn: 16 sequences take up to 7 times as long as one, and of few long turns none is
-undisturbed where one sequence finds its second."""
+BATCH_SECONDS = 1.0
+"""How long such a turn lasts, whatever the number: the best of turns of seven seconds and the best of those of one have
+met different machines where others use it too."""
+
+
+def batch_steps(rate: float, sequences: int) -> int:
+    """Tokens of each sequence in a turn, where all together made `rate` tokens/s before."""
+    return max(4, min(64, round(BATCH_SECONDS * rate / sequences)))
 
 
 def read(path: Path) -> dict[str, float]:
@@ -62,6 +67,10 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
         assert made == [new] * len(requests), made
         return requests
 
+    def batch(n: int, steps: int) -> float:
+        """Tokens/s of so many sequences, by each one's own: the first may have waited for the prompts of others."""
+        return sum(steps / r.decode_seconds for r in run([16] * n, 1 + steps))
+
     def prefill_at_depth() -> float:
         """Tokens/s of the 512 tokens behind DEPTH others: the clock starts when the engine has read those."""
         before, at = engine.stats()["prompt_tokens"], 0.0
@@ -92,12 +101,11 @@ def measure(path: Path, threads: int, what: str, started: float) -> dict[str, fl
         decode()
         out["prefill"] = prefill_at_depth()
     elif what == "batch":
-        run([16] * max(BATCHES), 4)
+        best = {n: batch(n, 4) for n in BATCHES}
+        steps = {n: batch_steps(rate, n) for n, rate in best.items()}
         for n in BATCHES * BATCH_TURNS:
-            # Each sequence's own rate: the first may have waited while the prompts of others were read.
-            requests = run([16] * n, 1 + BATCH_STEPS)
-            rate = sum(BATCH_STEPS / r.decode_seconds for r in requests)
-            out[f"batch{n}"] = max(rate, out.get(f"batch{n}", 0.0))
+            best[n] = max(best[n], batch(n, steps[n]))
+        out |= {f"batch{n}": rate for n, rate in best.items()}
     out["isa"] = kbit.isa()
     out["resident"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ours import BATCH_SECONDS, batch_steps
+
 LLAMA_CPP = "0.3.36"
 MISTRALRS = "0.9.5"
 TORCH = "2.15.0"
@@ -269,15 +271,23 @@ def llama_start(binaries: Path, model: Path, threads: int, timeout: float) -> di
 
 
 def llama_batch(
-    binaries: Path, model: Path, threads: int, batches: Sequence[int], steps: int, timeout: float
+    binaries: Path, model: Path, threads: int, batches: Sequence[int], turns: int, timeout: float
 ) -> dict[str, float]:
-    """Generated tokens/s of each number of sequences together, at best, as batch1, batch2 and so on."""
-    ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160),
-              "-npp", "16", "-ntg", str(steps), "-npl", ",".join(map(str, batches)), "--output-format", "jsonl",
-              timeout=timeout)  # fmt: skip
-    rows = [json.loads(line) for line in ran.output.splitlines() if line.startswith("{")]
-    rows.sort(key=lambda row: row["speed_tg"])  # of the same number the last, the best, stays
-    return {f"batch{row['pl']}": float(row["speed_tg"]) for row in rows}
+    """Generated tokens/s of each number of sequences together, the best of `turns`, as batch1, batch2 and so on."""
+
+    def rates(steps: int, batches: Sequence[int]) -> list[tuple[int, float]]:
+        ran = run(binaries / "llama-batched-bench", "-m", model, "-t", str(threads), "-c", str(max(batches) * 160),
+                  "-npp", "16", "-ntg", str(steps), "-npl", ",".join(map(str, batches)), "--output-format", "jsonl",
+                  timeout=timeout)  # fmt: skip
+        rows = [json.loads(line) for line in ran.output.splitlines() if line.startswith("{")]
+        return [(row["pl"], float(row["speed_tg"])) for row in rows]
+
+    # The first number twice: what reads the weights first is no measure.
+    before = dict(rates(4, (batches[0], *batches)))
+    best = {
+        n: max(rate for _, rate in rates(batch_steps(before[n], n), [n] * turns)) for n in batches
+    }
+    return {f"batch{n}": rate for n, rate in best.items()}
 
 
 # Prompts share no beginning and nothing is kept of them, so that every one is read whole. Seconds are those of its own
@@ -286,7 +296,7 @@ def llama_batch(
 MISTRAL = """
 import json, resource, sys, time
 from mistralrs import CompletionRequest, Runner, Which
-path, what, started, prompts, turns, batches, steps = json.loads(sys.argv[1])
+path, what, started, prompts, turns, batches, seconds = json.loads(sys.argv[1])
 folder, _, file = path.rpartition("/")
 start = time.perf_counter()
 which = Which.GGUF(tok_model_id=None, quantized_model_id=folder, quantized_filename=file)
@@ -312,10 +322,13 @@ if what == "speed":
     out["prefill"] = rate(512, min(read))
     out["decode"] = max(rate(128, ask(n, 8, 129).total_completion_time_sec) for n in range(300, 300 + 50 * turns, 50))
 elif what == "batch":
-    ask(100, 1, 8, max(batches))
-    for i, n in enumerate(batches):
-        speed = rate(n * steps, ask(600 + i, 1, 1 + steps, n).total_completion_time_sec)
-        out[f"batch{n}"] = max(speed, out.get(f"batch{n}", 0.0))
+    def batch(first, n, steps):
+        return rate(n * steps, ask(first, 1, 1 + steps, n).total_completion_time_sec)
+    best = {n: batch(100 + n, n, 4) for n in batches}
+    steps = {n: max(4, min(64, round(seconds * speed / n))) for n, speed in best.items()}
+    for i, n in enumerate(batches * turns):
+        best[n] = max(best[n], batch(600 + i, n, steps[n]))
+    out |= {f"batch{n}": speed for n, speed in best.items()}
 else:
     near, far = ask(400, 4096, 129), ask(500, 4096 + 512, 1)
     out |= {"near": near.total_prompt_time_sec, "far": far.total_prompt_time_sec}
@@ -335,9 +348,8 @@ def mistral(
     prompts: int = 1,
     turns: int = 1,
     batches: Sequence[int] = (),
-    steps: int = 0,
 ) -> dict[str, float]:
-    """Tokens/s of mistral.rs on a GGUF file: `what` is speed (the best of so many), depth (decode once) or batch.
+    """Tokens/s of mistral.rs on a GGUF file: `what` is speed or batch (the best of so many) or depth (decode once).
 
     Depth also gives the seconds of a prompt of 4096 tokens (`near`) and of 512 more (`far`); batch is as `llama_batch`.
     """
@@ -346,7 +358,7 @@ def mistral(
         "CANDLE_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
-    asked = [str(model), what, time.time(), prompts, turns, list(batches), steps]
+    asked = [str(model), what, time.time(), prompts, turns, list(batches), BATCH_SECONDS]
     ran = run(peers.python, "-c", MISTRAL, json.dumps(asked), timeout=timeout, env=env)
     lines = [line for line in ran.output.splitlines() if line.startswith("{")]
     if not lines:

@@ -508,9 +508,9 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
                 return multiply(self, weights, acts, groups, sums);
             }
             let tokens = sums[0].as_mut_slice();
-            if let Ok(tokens) = tokens.try_into() {
+            if let Ok(tokens) = <&mut [V; 6]>::try_from(&mut *tokens) {
                 six(weights[0], acts, groups, tokens);
-            } else if let Ok(tokens) = tokens.try_into() {
+            } else if let Ok(tokens) = <&mut [V; 4]>::try_from(tokens) {
                 four(weights[0], acts, groups, tokens);
             } else {
                 multiply(self, weights, acts, groups, sums);

@@ -234,7 +234,8 @@ def fma(a, b, c):
     away = (lost > 0) == (s > 0)
     odd = bits + np.where(away, 1, -1)
     fix = np.isfinite(s) & (lost != 0) & (bits & 1 == 0)
-    return np.where(fix, odd, bits).view(np.float64).reshape(s.shape).astype(F32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity
+        return np.where(fix, odd, bits).view(np.float64).reshape(s.shape).astype(F32)
 
 
 def quantize_activations(x):

@@ -5,8 +5,8 @@
 //! step of a kernel reads lies together:
 //!
 //! ```text
-//! int8     [inputs / run][n][run]      i8, run = 4 or what Simd::RUN says; or i16, run = 4 in the order 0, 2, 1, 3, where the
-//!                                      instruction set multiplies those
+//! int8     [inputs / run][rows][run]   i8, run = 4 or what Simd::RUN says, rows = n; or i16, run = 4 in the order 0, 2, 1, 3, where
+//!                                      the instruction set multiplies those, of differences where they fit (Simd::rows)
 //! f32      [input mod 4][inputs / 4][n]
 //! scales   [supers][n] f32
 //! sums     [supers][31][n] i32         of 16 blocks of 16 inputs, 8 of 32, 4 of 64, 2 of 128, 1 of 256; or [supers][1][n]
@@ -102,8 +102,10 @@ impl Shape {
         if n == 0 {
             return 0;
         }
+        // Pairs of eight tokens lie in six rows, as six would.
         let sizes = [1, 2, 4, 6, 8, 12, 16];
-        let fits = sizes.into_iter().find(|&size| size >= n.max(self.least));
+        let kernels = |&size: &usize| size >= n.max(self.least) && !(self.pairs && size == 6);
+        let fits = sizes.into_iter().find(kernels);
         fits.map_or(self.tile, |size| size.min(self.tile))
     }
 }
@@ -408,6 +410,8 @@ impl SimdOp for ShapeOf {
         let (least, tile) = if few {
             let all = tokens.next_power_of_two();
             (all, all)
+        } else if form == Form::F32 {
+            (1, S::FLOATS)
         } else if tokens < S::TILE {
             (S::ALONE, S::TILE)
         } else {
@@ -417,7 +421,7 @@ impl SimdOp for ShapeOf {
             few,
             least,
             tile,
-            pairs: S::PAIRS,
+            pairs: S::PAIRS && form != Form::F32,
             bias: S::BIAS != 0,
         }
     }
@@ -499,7 +503,7 @@ unsafe fn store_f32(tile: &Tile, token: usize, sup: usize, block: &[f32], inputs
 #[inline(always)]
 unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usize, block: &[f32]) {
     let inputs = a.input.inputs.next_multiple_of(CHUNK);
-    let (data, fours) = (tile.data, S::RUN / 4);
+    let (data, fours, rows) = (tile.data, S::RUN / 4, S::rows(tile.padded));
     let (whole, rest) = block.as_chunks::<LANES>();
     // A difference of equal finite numbers is 0, else NaN: `odd` turns NaN with the first value that is not finite.
     let (mut peak, mut odd) = (s.splat(0.0), s.splat(0.0));
@@ -549,16 +553,28 @@ unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usiz
         let together = fours.min(LANES / 4);
         for g in (0..LANES / 4).step_by(together) {
             let (run, part) = ((group + g) / fours, (group + g) % fours);
-            let at = (run * tile.padded + token) * fours + part;
+            let at = |row: usize| (run * rows + row) * fours + part;
             let four = &bytes[4 * g..4 * (g + together)];
             // SAFETY: the group is below the padded inputs, and so are those that lie together with it.
             unsafe {
                 if S::PAIRS {
-                    let [a, b, c, d] = [four[0], four[2], four[1], four[3]];
-                    let pairs = [a.into(), b.into(), c.into(), d.into()];
-                    data.cast::<[i16; 4]>().add(at).write_unaligned(pairs);
+                    let pairs = [four[0], four[2], four[1], four[3]].map(i16::from);
+                    let to = |row| data.cast::<[i16; 4]>().add(at(row));
+                    if rows == tile.padded {
+                        to(token).write(pairs);
+                        continue;
+                    }
+                    // 256 times itself in a row of its own, which the next token of the four is taken from; the last has none.
+                    let row = token / 4 * 3 + token % 4;
+                    if token % 4 < 3 {
+                        to(row).write(pairs.map(|x| 256 * x));
+                    }
+                    if token % 4 > 0 {
+                        let before = &mut *to(row - 1);
+                        *before = std::array::from_fn(|i| before[i] - pairs[i]);
+                    }
                 } else {
-                    let to = data.cast::<i8>().add(4 * at);
+                    let to = data.cast::<i8>().add(4 * at(token));
                     to.copy_from_nonoverlapping(four.as_ptr(), four.len());
                 }
             }

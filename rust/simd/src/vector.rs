@@ -76,7 +76,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const BIAS: u8;
     /// Bytes of a [`Simd::Weights`] in memory.
     const WEIGHT_BYTES: usize;
-    /// True when activations are stored as i16 in the order 0, 2, 1, 3 of each four, false for i8 in order.
+    /// True when activations are stored as i16 in the order 0, 2, 1, 3 of each four, false for i8 in order. Where a tile has a multiple of four tokens,
+    /// i16 have room for differences: each four, a, b, c and d, then lie as three rows, 256 a - b, 256 b - c and 256 c - d ([`Simd::rows`]).
     const PAIRS: bool;
     /// Inputs of one token that lie together in a tile of activations: 4, or what one step of [`Simd::product`] takes.
     const RUN: usize = 4;
@@ -86,6 +87,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const ALONE: usize = Self::LEAST;
     /// Tokens of a matrix-matrix tile.
     const TILE: usize;
+    /// The same where activations are f32.
+    const FLOATS: usize = Self::TILE;
     /// Panels of 16 rows of a matrix-matrix tile: 1 or 2.
     const PANELS: usize;
     /// Whether a product leaves its sums in memory, as matrix tiles do. They are then best taken into results while the next product runs, and
@@ -96,6 +99,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// The token, if this processor has the instructions.
     fn new() -> Option<Self>;
+
+    /// Rows of activations that so many tokens, the whole of a tile, lie as: see [`Simd::PAIRS`].
+    #[inline(always)]
+    fn rows(tokens: usize) -> usize {
+        if Self::PAIRS && tokens.is_multiple_of(4) {
+            tokens / 4 * 3
+        } else {
+            tokens
+        }
+    }
 
     /// Runs `op` in a function compiled for this instruction set.
     fn run<O: SimdOp>(self, op: O) -> O::Output;
@@ -300,10 +313,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// token n over the inputs `4 * groups.start .. 4 * groups.end`.
     ///
     /// `weights` are those of the first of these inputs, as [`Simd::store_pair`] wrote them; `acts` those of input 0, as
-    /// `[inputs / RUN][M][RUN]` (see [`Simd::PAIRS`]). `start` is zero without [`Simd::BIAS`].
+    /// `[inputs / RUN][rows(M)][RUN]` (see [`Simd::PAIRS`]). `start` is zero without [`Simd::BIAS`].
     ///
     /// # Safety
-    /// Both are readable for `groups`, which starts and ends at multiples of 8 inputs and of what [`Simd::begin_products`] was told, or of
+    /// Both are readable for `groups`, at most 256 inputs, which starts and ends at multiples of 8 inputs and of what [`Simd::begin_products`] was told, or of
     /// [`Simd::RUN`]; weights are 64-byte aligned. It runs before [`Simd::end_products`].
     #[inline(always)]
     unsafe fn product<const P: usize, const M: usize>(
@@ -368,7 +381,10 @@ pub(crate) unsafe fn multiply<S: Simd, const P: usize, const M: usize>(
     groups: Range<usize>,
     dots: &mut [[S::I32; M]; P],
 ) {
-    assert!(S::RUN == 4, "products of longer runs are overridden");
+    assert!(
+        S::RUN == 4 && S::rows(M) == M,
+        "products of other layouts are overridden"
+    );
     let four = if S::PAIRS { 8 } else { 4 };
     let mut acts = acts.wrapping_add(groups.start * four * M);
     for _ in groups {

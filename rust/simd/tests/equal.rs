@@ -346,17 +346,33 @@ impl Products<'_> {
             }
         }
         let (inputs, size) = (self.acts[0].len(), if S::PAIRS { 2 } else { 1 });
-        let mut tile = vec![0u8; inputs * M * size];
-        for (n, row) in self.acts.iter().enumerate() {
+        let rows: Vec<Vec<i16>> = if S::rows(M) == M {
+            let wide = |row: &Vec<i8>| row.iter().map(|&a| a.into()).collect();
+            self.acts.iter().map(wide).collect()
+        } else {
+            let differences = |a: &[i8], b: &[i8]| {
+                let both = a.iter().zip(b);
+                both.map(|(&a, &b)| 256 * i16::from(a) - i16::from(b))
+                    .collect()
+            };
+            let fours = self.acts.as_chunks::<4>().0.iter();
+            fours
+                .flat_map(|four| four.windows(2))
+                .map(|two| differences(&two[0], &two[1]))
+                .collect()
+        };
+        assert_eq!(rows.len(), S::rows(M));
+        let mut tile = vec![0u8; inputs * rows.len() * size];
+        for (n, row) in rows.iter().enumerate() {
             for (i, &a) in row.iter().enumerate() {
                 let i = if S::PAIRS {
                     i / 4 * 4 + [0, 2, 1, 3][i % 4]
                 } else {
                     i
                 };
-                let at = (i / S::RUN * M + n) * S::RUN + i % S::RUN;
+                let at = (i / S::RUN * rows.len() + n) * S::RUN + i % S::RUN;
                 if S::PAIRS {
-                    tile[2 * at..2 * at + 2].copy_from_slice(&i16::from(a).to_le_bytes());
+                    tile[2 * at..2 * at + 2].copy_from_slice(&a.to_le_bytes());
                 } else {
                     tile[at] = a as u8;
                 }
@@ -407,7 +423,7 @@ fn products_equal_plain_loops() {
             let acts: Vec<Vec<i8>> = (0..tokens)
                 .map(|_| {
                     (0..inputs)
-                        .map(|_| (random.next() % 255) as u8 as i8)
+                        .map(|_| ((random.next() % 255) as i16 - 127) as i8)
                         .collect()
                 })
                 .collect();

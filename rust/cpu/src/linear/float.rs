@@ -127,7 +127,7 @@ pub(super) fn run<S: Simd>(
                 let job = Job {
                     weights: scratch,
                     tile: *acts.tile(index),
-                    first: index * S::TILE,
+                    first: index * S::FLOATS,
                     panel,
                     inputs,
                     out,
@@ -136,9 +136,9 @@ pub(super) fn run<S: Simd>(
                     1 => s.run(Product::<S, 1>(s, job)),
                     2 => s.run(Product::<S, 2>(s, job)),
                     4 => s.run(Product::<S, 4>(s, job)),
-                    6 if const { S::TILE >= 6 } => s.run(Product::<S, 6>(s, job)),
-                    8 if const { S::TILE >= 8 } => s.run(Product::<S, 8>(s, job)),
-                    12 if const { S::TILE >= 12 } => s.run(Product::<S, 12>(s, job)),
+                    6 if const { S::FLOATS >= 6 } => s.run(Product::<S, 6>(s, job)),
+                    8 if const { S::FLOATS >= 8 } => s.run(Product::<S, 8>(s, job)),
+                    12 if const { S::FLOATS >= 12 } => s.run(Product::<S, 12>(s, job)),
                     n => unreachable!("a tile of {n} tokens"),
                 }
             }

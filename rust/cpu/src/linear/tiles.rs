@@ -73,7 +73,7 @@ pub(super) fn run<S: Simd>(s: S, job: Codes<'_>) {
     match if S::STORED { first } else { S::TILE } {
         4 if const { S::STORED || S::TILE == 4 } => tiles!(4),
         6 if const { S::STORED || S::TILE == 6 } => tiles!(6),
-        8 if const { S::STORED } => tiles!(8),
+        8 if const { S::STORED || S::TILE == 8 } => tiles!(8),
         12 if const { S::STORED || S::TILE == 12 } => tiles!(12),
         16 if const { S::STORED } => tiles!(16),
         32 if const { S::STORED } => tiles!(32),

@@ -64,7 +64,8 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     const BIAS: u8 = if VNNI { 0x80 } else { 0 };
     const WEIGHT_BYTES: usize = if VNNI { 64 } else { 128 };
     const PAIRS: bool = !VNNI;
-    const TILE: usize = 6;
+    const TILE: usize = if VNNI { 6 } else { 8 };
+    const FLOATS: usize = 6;
     const PANELS: usize = 1;
     const DIRECT: usize = 2;
 
@@ -508,10 +509,14 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
                 return multiply(self, weights, acts, groups, sums);
             }
             let tokens = sums[0].as_mut_slice();
-            if let Ok(tokens) = <&mut [V; 6]>::try_from(&mut *tokens) {
-                six(weights[0], acts, groups, tokens);
+            if let Ok(tokens) = <&mut [V; 8]>::try_from(&mut *tokens) {
+                let mut rows = [self.splat_i32(0); 6];
+                six(weights[0], acts, groups, &mut rows);
+                apart(&rows, tokens);
             } else if let Ok(tokens) = <&mut [V; 4]>::try_from(tokens) {
-                four(weights[0], acts, groups, tokens);
+                let mut rows = [self.splat_i32(0); 3];
+                three(weights[0], acts, groups, &mut rows);
+                apart(&rows, tokens);
             } else {
                 multiply(self, weights, acts, groups, sums);
             }
@@ -527,8 +532,29 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
     }
 }
 
-/// [`multiply`] of one panel and `$m` tokens: the weights of even inputs by all of them, then those of odd ones, so that six tokens have room for their
-/// sums, and each product added at once. In assembly, as compilers hold all weights and add pairs of products first.
+/// The sums of four tokens out of each three rows of differences, A = 256 a - b, B = 256 b - c and C = 256 c - d. As 2^16 A + 2^8 B + C is 2^24 a - d, its low 24
+/// bits are those of -d, and 256 inputs make at most 2^22 of it: d is known, then c, b and a are by exact divisions. Nothing overflows below 2^23.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn apart<const R: usize, const M: usize>(rows: &[V; R], tokens: &mut [V; M]) {
+    for ([x, y, z], [a, b, c, d]) in rows.as_chunks().0.iter().zip(tokens.as_chunks_mut().0) {
+        for h in 0..2 {
+            let low =
+                _mm256_add_epi32(_mm256_slli_epi32::<24>(x[h]), _mm256_slli_epi32::<16>(y[h]));
+            let low = _mm256_add_epi32(low, _mm256_slli_epi32::<8>(z[h]));
+            d[h] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_srai_epi32::<8>(low));
+            c[h] = _mm256_srai_epi32::<8>(_mm256_add_epi32(z[h], d[h]));
+            b[h] = _mm256_srai_epi32::<8>(_mm256_add_epi32(y[h], c[h]));
+            a[h] = _mm256_srai_epi32::<8>(_mm256_add_epi32(x[h], b[h]));
+        }
+    }
+}
+
+/// [`multiply`] of one panel and `$m` rows of activations: the weights of even inputs by all of them, then those of odd ones, so that six rows have room for
+/// their sums, and each product added at once. In assembly, as compilers hold all weights and add pairs of products first.
 macro_rules! tile {
     ($name:ident, $m:literal, $($n:literal $s0:ident $s1:ident),*) => {
         /// # Safety
@@ -579,7 +605,7 @@ macro_rules! tile {
         )
     };
 }
-tile!(four, 4, 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3);
+tile!(three, 3, 0 a0 b0, 1 a1 b1, 2 a2 b2);
 tile!(six, 6, 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
 
 /// 16 registers of 16 repeated entries.

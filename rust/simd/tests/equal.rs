@@ -413,18 +413,29 @@ fn products_equal_plain_loops() {
     let mut random = Random(0x51ed_270b_a1f3_9c65);
     let mut compared = std::collections::BTreeMap::<Isa, usize>::new();
     for tokens in [1, 2, 4, 6, 8, 12, 16, 32] {
-        for (panels, inputs) in [(1, 512), (2, 512), (2, 320), (1, 64)] {
+        // The last is as large as sums get, with signs that take turns.
+        for (panels, inputs, largest) in [
+            (1, 512, false),
+            (2, 512, false),
+            (2, 320, false),
+            (1, 64, false),
+            (1, 256, true),
+        ] {
             let panels: Vec<Vec<[i8; 64]>> = (0..panels)
                 .map(|_| {
-                    let vector = |_| std::array::from_fn(|_| random.next() as i8);
+                    let mut weight = || if largest { -128 } else { random.next() as i8 };
+                    let vector = |_| std::array::from_fn(|_| weight());
                     (0..inputs / 4).map(vector).collect()
                 })
                 .collect();
             let acts: Vec<Vec<i8>> = (0..tokens)
-                .map(|_| {
-                    (0..inputs)
-                        .map(|_| ((random.next() % 255) as i16 - 127) as i8)
-                        .collect()
+                .map(|token| {
+                    let mut activation = || match (largest, token % 2) {
+                        (true, 0) => 127,
+                        (true, _) => -127,
+                        _ => ((random.next() % 255) as i16 - 127) as i8,
+                    };
+                    (0..inputs).map(|_| activation()).collect()
                 })
                 .collect();
             for start in (0..inputs / 4).step_by(8) {

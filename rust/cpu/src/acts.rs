@@ -565,11 +565,11 @@ unsafe fn quantise<S: Simd>(s: S, a: &Acts, tile: &Tile, token: usize, sup: usiz
                         continue;
                     }
                     // 256 times itself in a row of its own, which the next token of the four is taken from; the last has none.
-                    let row = token / 4 * 3 + token % 4;
-                    if token % 4 < 3 {
+                    let (row, place) = (token / 4 * 3 + token % 4, token % 4);
+                    if place != 3 {
                         to(row).write(pairs.map(|x| 256 * x));
                     }
-                    if token % 4 > 0 {
+                    if place != 0 {
                         let before = &mut *to(row - 1);
                         *before = std::array::from_fn(|i| before[i] - pairs[i]);
                     }

@@ -102,7 +102,7 @@ impl Shape {
         if n == 0 {
             return 0;
         }
-        // Pairs of eight tokens lie in six rows, as six would.
+        // Pairs of eight tokens lie in six rows, as six would. Where six are the tile, they still are.
         let sizes = [1, 2, 4, 6, 8, 12, 16];
         let kernels = |&size: &usize| size >= n.max(self.least) && !(self.pairs && size == 6);
         let fits = sizes.into_iter().find(kernels);
@@ -421,7 +421,7 @@ impl SimdOp for ShapeOf {
             few,
             least,
             tile,
-            pairs: S::PAIRS && form != Form::F32,
+            pairs: S::PAIRS,
             bias: S::BIAS != 0,
         }
     }

@@ -287,7 +287,7 @@ impl<S: Simd, const P: usize, const M: usize, const BLOCK: usize, const SUBS: bo
             macro_rules! rest {
                 ($($n:literal)*) => {
                     match place.tile.padded {
-                        $($n if const { S::LEAST <= $n && $n < S::TILE } => s.run(Rest::<S, P, $n, BLOCK>(place, y)),)*
+                        $($n if const { S::LEAST <= $n && $n < S::TILE && !(S::PAIRS && $n == 6) } => s.run(Rest::<S, P, $n, BLOCK>(place, y)),)*
                         n => unreachable!("a tile of {n} tokens"),
                     }
                 };

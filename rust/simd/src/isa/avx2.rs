@@ -510,13 +510,9 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
             }
             let tokens = sums[0].as_mut_slice();
             if let Ok(tokens) = <&mut [V; 8]>::try_from(&mut *tokens) {
-                let mut rows = [self.splat_i32(0); 6];
-                six(weights[0], acts, groups, &mut rows);
-                apart(&rows, tokens);
+                eight(weights[0], acts, groups, tokens);
             } else if let Ok(tokens) = <&mut [V; 4]>::try_from(tokens) {
-                let mut rows = [self.splat_i32(0); 3];
-                three(weights[0], acts, groups, &mut rows);
-                apart(&rows, tokens);
+                four(weights[0], acts, groups, tokens);
             } else {
                 multiply(self, weights, acts, groups, sums);
             }
@@ -534,12 +530,9 @@ impl<const VNNI: bool> Simd for Token<VNNI> {
 
 /// The sums of four tokens out of each three rows of differences, A = 256 a - b, B = 256 b - c and C = 256 c - d. As 2^16 A + 2^8 B + C is 2^24 a - d, its low 24
 /// bits are those of -d, and 256 inputs make at most 2^22 of it: d is known, then c, b and a are by exact divisions. Nothing overflows below 2^23.
-///
-/// # Safety
-/// The processor has AVX2.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn apart<const R: usize, const M: usize>(rows: &[V; R], tokens: &mut [V; M]) {
+fn apart<const R: usize, const M: usize>(rows: &[V; R], tokens: &mut [V; M]) {
     for ([x, y, z], [a, b, c, d]) in rows.as_chunks().0.iter().zip(tokens.as_chunks_mut().0) {
         for h in 0..2 {
             let low =
@@ -553,10 +546,10 @@ unsafe fn apart<const R: usize, const M: usize>(rows: &[V; R], tokens: &mut [V; 
     }
 }
 
-/// [`multiply`] of one panel and `$m` rows of activations: the weights of even inputs by all of them, then those of odd ones, so that six rows have room for
-/// their sums, and each product added at once. In assembly, as compilers hold all weights and add pairs of products first.
+/// [`Simd::product`] of one panel and `$tokens` tokens, which lie as `$m` rows: the weights of even inputs by all rows, then those of odd ones, so that six rows
+/// have room for their sums, and each product added at once. In assembly, as compilers hold all weights and add pairs of products first.
 macro_rules! tile {
-    ($name:ident, $m:literal, $($n:literal $s0:ident $s1:ident),*) => {
+    ($name:ident, $tokens:literal, $m:literal, $($n:literal $s0:ident $s1:ident),*) => {
         /// # Safety
         /// As [`Simd::product`].
         #[inline]
@@ -565,9 +558,10 @@ macro_rules! tile {
             weights: *const u8,
             acts: *const u8,
             groups: Range<usize>,
-            sums: &mut [V; $m],
+            tokens: &mut [V; $tokens],
         ) {
-            let [$([$s0, $s1]),*] = sums;
+            let mut rows = [[_mm256_setzero_si256(); 2]; $m];
+            let [$([$s0, $s1]),*] = &mut rows;
             let acts = acts.wrapping_add(groups.start * 8 * $m);
             for pair in 0..groups.len() / 2 {
                 unsafe {
@@ -589,6 +583,7 @@ macro_rules! tile {
                     );
                 }
             }
+            apart(&rows, tokens);
         }
     };
     ($m:literal, $group:literal, $inputs:ident, $($n:literal $s0:ident $s1:ident),*) => {
@@ -605,8 +600,8 @@ macro_rules! tile {
         )
     };
 }
-tile!(three, 3, 0 a0 b0, 1 a1 b1, 2 a2 b2);
-tile!(six, 6, 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
+tile!(four, 4, 3, 0 a0 b0, 1 a1 b1, 2 a2 b2);
+tile!(eight, 8, 6, 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
 
 /// 16 registers of 16 repeated entries.
 #[inline(always)]
